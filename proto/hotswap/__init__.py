@@ -1,0 +1,1 @@
+"""What the client, the server and the trainer must agree on: wire, names, store layout, bases, prompts."""

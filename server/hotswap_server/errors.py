@@ -1,0 +1,81 @@
+"""Errors a caller can cause. Each names the field and the remedy; `grpc/status.py` maps them to gRPC codes."""
+
+from __future__ import annotations
+
+
+class HotswapError(Exception):
+    """Base of the server's typed errors.
+
+    `reason` is the stable UPPER_SNAKE_CASE identifier sent as `google.rpc.ErrorInfo.reason`;
+    `metadata` goes into the same message.
+    """
+
+    reason = "INTERNAL"
+
+    def __init__(self, message: str, **metadata: str) -> None:
+        super().__init__(message)
+        self.metadata = metadata
+
+
+class InvalidRequestError(HotswapError):
+    """A request field has a value that can never work."""
+
+    reason = "INVALID_REQUEST"
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field}: {message}", field=field)
+        self.field = field
+
+
+class AdapterNotFoundError(HotswapError):
+    """The store has no such adapter or no such version of it."""
+
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterInvalidError(HotswapError):
+    """The adapter's files are damaged, do not fit the base, or use an option that is not served."""
+
+    reason = "ADAPTER_INVALID"
+
+
+class StoreUnavailableError(HotswapError):
+    """The store could not be read; the same call may work later."""
+
+    reason = "STORE_UNAVAILABLE"
+
+
+class AdapterInUseError(HotswapError):
+    """The operation must wait until requests that use the adapter have finished."""
+
+    reason = "ADAPTER_IN_USE"
+
+
+class CapacityError(HotswapError):
+    """The request can never fit the memory or slots this server was started with."""
+
+    reason = "CAPACITY_EXCEEDED"
+
+
+class OverloadedError(HotswapError):
+    """The queue is full; retry later."""
+
+    reason = "OVERLOADED"
+
+
+class DrainingError(HotswapError):
+    """The server is shutting down and takes no new requests."""
+
+    reason = "DRAINING"
+
+
+class EngineError(HotswapError):
+    """A step of the engine failed; the request is lost, the server goes on."""
+
+    reason = "ENGINE_FAILED"
+
+
+class BaseModelError(HotswapError):
+    """The base model cannot be served; the message says why and what can."""
+
+    reason = "BASE_UNSUPPORTED"
