@@ -3,9 +3,9 @@
     STORE/tenant/task/VERSION/adapter_config.json
     STORE/tenant/task/VERSION/adapter_model.safetensors
 
-VERSION is a decimal number from 1 on; the highest one is the latest. A version exists once it holds both files.
-A PEFT directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there too.
-Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
+VERSION is a decimal number from 1 on; the highest one is the latest. A version exists once it holds both
+files. A PEFT directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there
+too. Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
 """
 
 from __future__ import annotations
@@ -71,12 +71,15 @@ def versions_in(entries: Iterable[str]) -> list[int]:
 
 
 def publish(store: Path, name: AdapterName, write: Callable[[Path], None]) -> int:
-    """Publish what `write` puts into the directory it is given as the next version of `name`; return the number.
+    """Publish what `write` puts into the directory it is given as the next version of `name`.
 
     The version appears in one rename after its files are on disk: readers see all of it or nothing, also when
     this process is killed. Publishers of one adapter may run side by side and get different numbers.
     An exception, `write`'s own included, leaves the store as it was. What a killed publisher leaves behind is
-    hidden, and a later publisher of the same adapter removes it. Files become as readable as the umask allows.
+    hidden, and a later publisher of the same adapter removes it. Files end as readable as the umask allows.
+
+    Returns:
+        The version's number.
 
     Raises:
         PublishError: `write` left out a file of a PEFT directory, or wrote it as a link or empty.

@@ -1,0 +1,133 @@
+"""A store's directories and files over fsspec: reading only, nothing outside the store, typed errors."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+from hotswap.layout import HIDDEN_PREFIX
+from hotswap_server.errors import (
+    AdapterInvalidError,
+    AdapterNotFoundError,
+    HotswapError,
+    InvalidRequestError,
+    StoreUnavailableError,
+)
+
+FileInfo = Mapping[str, Any]
+"""What fsspec tells of a file: `type`, `size`, and what else its file system knows."""
+
+_CHUNK_BYTES = 16 << 20
+_MAX_DEPTH = 3  # directories below the root: tenant, task, version
+
+
+class StoreFiles:
+    """Paths are relative to the root. `label` is what messages call the adapter; they hold no other path.
+
+    Raises:
+        InvalidRequestError: nothing installed reads such a URL; the message names the missing package.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        try:
+            # Without its cache of listings, fsspec would go on telling what it saw first.
+            self._fs, root = url_to_fs(os.fspath(url), use_listings_cache=False)
+        except (ImportError, ValueError) as error:
+            raise InvalidRequestError("store", f"no file system for this URL: {error}") from error
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._root: str = (os.path.realpath(root) if self._local else root).rstrip("/")
+
+    def entries(self, directory: str, label: str) -> dict[str, FileInfo]:
+        """The visible entries of a directory, by name; none where there is no directory. Links are followed.
+
+        Raises:
+            AdapterInvalidError: a link in the path leads out of the store.
+            StoreUnavailableError: the directory cannot be read.
+        """
+        path = f"{self._root}/{directory}".rstrip("/")
+        self._refuse_escape(path, label)
+        with self._storage_errors(label):
+            try:
+                infos = self._fs.ls(path, detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                if self._local and not os.path.isdir(self._root):
+                    raise StoreUnavailableError("the store's directory is missing; is it mounted?") from None
+                return {}
+            entries: dict[str, FileInfo] = {}
+            for info in infos:
+                entry = info["name"].rstrip("/")
+                name = entry.rpartition("/")[2]
+                if entry == path or name.startswith(HIDDEN_PREFIX):  # a file lists itself
+                    continue
+                if info.get("islink"):
+                    with suppress(OSError):  # a link to nothing is no entry
+                        entries[name] = self._fs.info(entry)  # of what it points to
+                else:
+                    entries[name] = info
+            return entries
+
+    def walk(self) -> Iterator[tuple[str, ...]]:
+        """The parts of the path of each file down to the versions' directories, unreadable parts left out.
+
+        Raises:
+            StoreUnavailableError: the store as a whole cannot be read.
+        """
+        if not self._local:  # one flat listing; a request for each directory would take minutes
+            with self._storage_errors("the list"):
+                paths: list[str] = self._fs.find(self._root)
+            for path in paths:
+                yield tuple(path.removeprefix(self._root).strip("/").split("/"))
+            return
+        self.entries("", "the list")
+        pending: list[tuple[str, ...]] = [()]
+        while pending:
+            directory = pending.pop()
+            with suppress(HotswapError):
+                for name, info in self.entries("/".join(directory), "the list").items():
+                    if info["type"] == "file":
+                        yield (*directory, name)
+                    elif info["type"] == "directory" and len(directory) < _MAX_DEPTH:
+                        pending.append((*directory, name))
+
+    def read(self, file: str, info: FileInfo, label: str) -> Iterator[bytes]:
+        """A listed file in chunks: the bytes that it had when listed, or fewer.
+
+        Raises:
+            AdapterInvalidError: it is a link that leads out of the store.
+            AdapterNotFoundError: it is gone.
+            StoreUnavailableError: it cannot be read.
+        """
+        path, size = f"{self._root}/{file}", int(info["size"])
+        if info.get("islink"):
+            self._refuse_escape(path, label)
+        for start in range(0, size, _CHUNK_BYTES):
+            with self._storage_errors(label):
+                chunk: bytes = self._fs.cat_file(path, start=start, end=min(start + _CHUNK_BYTES, size))
+            yield chunk
+
+    def _refuse_escape(self, path: str, label: str) -> None:
+        if not self._local:
+            return
+        real = os.path.realpath(path)
+        if real != self._root and not real.startswith(self._root + "/"):
+            raise AdapterInvalidError(
+                f"{label}: a link in its path leads out of the store; copy the files into the store",
+                adapter=label,
+            )
+
+    @contextmanager
+    def _storage_errors(self, label: str) -> Iterator[None]:
+        """Type what storage raises. Each of fsspec's backends has errors of its own, so all are caught."""
+        try:
+            yield
+        except HotswapError:
+            raise
+        except FileNotFoundError:
+            raise AdapterNotFoundError(f"{label} has just left the store", adapter=label) from None
+        except Exception as error:
+            kind = type(error).__name__  # the text may hold paths and credentials
+            raise StoreUnavailableError(f"the store could not be read for {label} ({kind})") from error
