@@ -1,0 +1,106 @@
+"""What a client is told once: where the server is, how to be sure of it, and what every call carries."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import grpc
+
+from hotswap_client._calls import Call, Default
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever its service config says
+
+
+@dataclass(frozen=True, slots=True)
+class TLS:
+    """Files in PEM form: the authority to trust (absent: the system's), and the client's own certificate and
+    key where the server asks for one. `server_name` replaces the target's host in the certificate check."""
+
+    ca: str | Path | None = None
+    cert: str | Path | None = None
+    key: str | Path | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.cert is None) != (self.key is None):
+            raise ValueError("tls: cert and key go together; give both or neither")
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files. Raises OSError if one cannot be read."""
+        ca, key, cert = (
+            None if path is None else Path(path).read_bytes() for path in (self.ca, self.key, self.cert)
+        )
+        return grpc.ssl_channel_credentials(root_certificates=ca, private_key=key, certificate_chain=cert)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A client's checked settings. The API key stays out of its `repr`."""
+
+    target: str
+    api_key: str | None = field(repr=False)
+    timeout: float | None
+    retries: int
+    tls: TLS | None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ValueError("api_key must be printable ASCII without line breaks")
+        if not 0 <= self.retries <= MAX_RETRIES:
+            raise ValueError(f"retries must be between 0 and {MAX_RETRIES}, got {self.retries}")
+
+    @classmethod
+    def of(
+        cls, target: str, api_key: str | None, timeout: float | None, retries: int, tls: TLS | bool
+    ) -> Settings:
+        files = (TLS() if tls else None) if isinstance(tls, bool) else tls
+        return cls(target, api_key, timeout, retries, files)
+
+    def describe(self) -> str:
+        """The arguments of a client's `repr`."""
+        key = None if self.api_key is None else "***"
+        return f"{self.target!r}, api_key={key!r}, timeout={self.timeout}, tls={self.tls!r}"
+
+    def call_options(self, call: Call[Any]) -> dict[str, Any]:
+        """Timeout and metadata of a call, as gRPC's keywords."""
+        timeout = self.timeout if isinstance(call.timeout, Default) else call.timeout
+        return {"timeout": timeout, "metadata": self._metadata(call.adapter)}
+
+    def _metadata(self, adapter: str) -> tuple[tuple[str, str], ...]:
+        """What a call carries: the adapter's name for proxies that route by it, and the API key."""
+        # Metadata is ASCII; a plain `tenant/name` stays as it is.
+        routing = (("x-adapter", quote(adapter, safe="/@")),)
+        if self.api_key is None:
+            return routing
+        return (*routing, ("authorization", f"Bearer {self.api_key}"))
+
+    def channel_options(self) -> list[tuple[str, str | int]]:
+        """gRPC's own retries: they end with the first message received, so no output is ever repeated."""
+        options: list[tuple[str, str | int]] = [
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.enable_retries", int(self.retries > 0)),
+            ("grpc.primary_user_agent", "hotswap-client"),
+        ]
+        if self.retries > 0:
+            options.append(("grpc.service_config", _service_config(self.retries + 1)))
+        if self.tls is not None and self.tls.server_name is not None:
+            options.append(("grpc.ssl_target_name_override", self.tls.server_name))
+        return options
+
+
+def _service_config(max_attempts: int) -> str:
+    policy = {
+        "maxAttempts": max_attempts,
+        "initialBackoff": "0.1s",
+        "maxBackoff": "2s",
+        "backoffMultiplier": 2,
+        "retryableStatusCodes": ["UNAVAILABLE"],
+    }
+    services = [{"service": f"hotswap.v1.{name}"} for name in ("InferenceService", "AdapterService")]
+    return json.dumps({"methodConfig": [{"name": services, "retryPolicy": policy}]})

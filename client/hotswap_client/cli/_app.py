@@ -1,0 +1,85 @@
+"""The command itself: verbs come from entry points and are imported only when they run."""
+
+from __future__ import annotations
+
+import functools
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+from hotswap_client import HotswapError
+from hotswap_client.cli._verbs import Verb, discover
+
+_ASKED = "hotswap.verb"
+
+
+class VerbGroup(TyperGroup):
+    """A group whose commands are the entry points of `hotswap.verbs`.
+
+    Listing and help show a placeholder with the verb's summary; `resolve_command`, which only a run or a
+    completion reaches, imports the verb.
+    """
+
+    @functools.cached_property
+    def verbs(self) -> dict[str, Verb]:
+        return discover()
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return sorted(self.verbs)
+
+    def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
+        if cmd_name not in self.commands and cmd_name in self.verbs:
+            return TyperCommand(name=cmd_name, help=self.verbs[cmd_name].summary())
+        return self.commands.get(cmd_name)
+
+    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
+        ctx.meta[_ASKED] = args[0]
+        verb = self.verbs.get(args[0])
+        if verb is not None and args[0] not in self.commands:
+            self.commands[args[0]] = verb.load()
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: typer.Context) -> Any:  # type: ignore[override]
+        try:
+            return super().invoke(ctx)
+        except HotswapError as error:
+            typer.echo(f"error: {error.code.name}: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(1) from None
+        except ModuleNotFoundError as error:
+            # Verbs import heavy libraries when they run, so this covers both the import and the run.
+            verb = self.verbs.get(ctx.meta.get(_ASKED, ""))
+            if verb is None or not verb.lacks_extra(error):
+                raise
+            typer.echo(
+                f"error: `hotswap {verb.name}` needs {error.name}, which is not installed: {verb.remedy()}",
+                err=True,
+            )
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=VerbGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train adapters, serve them over one base model, and ask them for text.",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hotswap {metadata.version('hotswap')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    pass
