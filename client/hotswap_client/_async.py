@@ -125,6 +125,11 @@ class AsyncStream(AsyncIterator[StreamDelta]):
         """Cancel the call if it still runs."""
         self._call.cancel()
 
+    def __del__(self) -> None:
+        # gRPC's own call would do this as the blocking one does, were it not held by its tasks.
+        if not self._call.done():
+            self._call.cancel()
+
     async def __aenter__(self) -> Self:
         return self
 
