@@ -1,0 +1,1 @@
+"""Trains adapters and publishes them into a store."""
