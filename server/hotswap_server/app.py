@@ -1,0 +1,302 @@
+"""A running server, put together from its settings: store, adapters, base, engine, gRPC, metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+import structlog
+import torch
+from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
+
+from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.method import BankOptions
+from hotswap_server.config import ServeSettings, flag_of
+from hotswap_server.engine.base import BaseModel, load_base
+from hotswap_server.engine.engine import EngineOptions
+from hotswap_server.engine.service import EngineService
+from hotswap_server.errors import BaseModelError, HotswapError, InvalidRequestError
+from hotswap_server.grpc.server import GrpcServer, PortInUseError
+from hotswap_server.kernels import select_kernels
+from hotswap_server.metrics import Metrics, MetricsServer
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
+
+logger = structlog.stdlib.get_logger(__name__)
+
+
+class StartupError(Exception):
+    """The server cannot start with these settings. The message is one line with the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """What takes long to load and needs no event loop."""
+
+    settings: ServeSettings
+    base: BaseModel
+    tokenizer: Any
+    adapters: AdapterManager
+    metrics: Metrics
+    kernels: str
+    num_stored: int
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A server that answers. `metrics_address` is empty without metrics; the cache holds `kv_tokens`."""
+
+    base: str
+    address: str
+    port: int
+    metrics_address: str
+    store: str
+    num_stored: int
+    kv_tokens: int
+    max_context: int
+    adapter_slots: int
+    device: str
+    dtype: str
+    kernels: str
+    threads: int
+    seconds: float
+
+
+async def serve(
+    settings: ServeSettings,
+    ready: Callable[[Ready], None] = lambda ready: None,
+    *,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Load, serve, and return when SIGTERM, SIGINT or `stop` has come and running requests have ended.
+
+    Raises:
+        StartupError: the settings cannot be served.
+    """
+    await run(load(settings), ready, stop=stop)
+
+
+def load(settings: ServeSettings) -> Loaded:
+    """Open the store and load the base; blocks for seconds.
+
+    Raises:
+        StartupError: the settings cannot be served.
+    """
+    started = time.monotonic()
+    _check_port(settings, "port")
+    if settings.metrics_port:
+        _check_port(settings, "metrics_port")
+    torch.set_num_threads(settings.threads or usable_cores())
+    try:
+        store = AdapterManager.open_store(settings.store)
+        num_stored = len(store.list())
+        device = _device(settings.device)
+        dtype = _dtype(settings.dtype, device)
+        kernels = select_kernels(device, dtype, settings.kernels)
+        path = resolve_base(settings.base)
+        tokenizer = _load_tokenizer(path)
+        base = load_base(path, kernels=kernels, device=device, dtype=dtype)
+        metrics = Metrics()
+        adapters = AdapterManager(
+            store,
+            base,
+            BankOptions(num_slots=settings.adapter_slots, max_lora_rank=settings.max_lora_rank),
+            host_cache_bytes=settings.host_cache_bytes,
+            load_workers=settings.load_workers,
+            load_deadline_s=settings.load_deadline,
+            observer=metrics,
+        )
+    except InvalidRequestError as error:
+        raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
+    except (HotswapError, BaseNotFoundError, BaseConversionError) as error:
+        raise StartupError(str(error)) from error
+    return Loaded(settings, base, tokenizer, adapters, metrics, kernels.name, num_stored, started)
+
+
+async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.Event | None = None) -> None:
+    """Serve what was loaded until it is asked to stop; see `serve`."""
+    settings, metrics = loaded.settings, loaded.metrics
+    try:
+        engine = EngineService(
+            loaded.base, loaded.tokenizer, loaded.adapters, _engine_options(settings), observer=metrics
+        )
+    except InvalidRequestError as error:
+        loaded.adapters.close()
+        raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
+    metrics.watch_engine(engine.stats)
+    metrics.watch_slots(loaded.adapters.slot_counts)
+    metrics.describe_build(
+        version=_version(), torch=torch.__version__, device=str(loaded.base.device), base=settings.base
+    )
+    server = GrpcServer(
+        engine,
+        metrics,
+        max_message_bytes=settings.max_message_bytes,
+        max_timeout=settings.max_timeout,
+        reflect=settings.reflection,
+    )
+    scraped: MetricsServer | None = None
+    stop = asyncio.Event() if stop is None else stop
+    try:
+        if settings.metrics_port:
+            scraped = MetricsServer(metrics, settings.host, settings.metrics_port)
+        port = await server.start(settings.host, settings.port)
+        with _StopSignals(stop) as signals:
+            described = _describe(loaded, engine, port)
+            logger.info("ready", address=described.address, seconds=round(described.seconds, 3))
+            ready(described)
+            await stop.wait()
+            logger.info("draining", running=engine.stats().running, waiting=engine.stats().waiting)
+            await _stop(server, settings.drain_timeout, signals.again)
+            logger.info("stopped")
+    except PortInUseError as error:
+        raise StartupError(f"--port: {error}; is another server running? Give another port") from error
+    except OSError as error:
+        raise StartupError(f"--metrics-port: cannot listen: {error}; give another port") from error
+    finally:
+        if scraped is not None:
+            await asyncio.to_thread(scraped.close)
+        await asyncio.to_thread(engine.close)
+
+
+async def _stop(server: GrpcServer, drain_timeout: float, again: asyncio.Event) -> None:
+    """Drain, unless the signal comes again: then stop at once."""
+    draining = asyncio.create_task(server.stop(drain_timeout))
+    impatient = asyncio.create_task(again.wait())
+    await asyncio.wait({draining, impatient}, return_when=asyncio.FIRST_COMPLETED)
+    impatient.cancel()
+    if draining.done():
+        await draining
+        return
+    logger.warning("stopped_without_draining")
+    draining.cancel()
+    with suppress(asyncio.CancelledError):
+        await draining
+    await server.stop(0)
+
+
+class _StopSignals:
+    """Sets `stop` on the first SIGTERM or SIGINT, `again` on the next. Only the main thread gets any."""
+
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+        self.again = asyncio.Event()
+
+    def __enter__(self) -> _StopSignals:
+        loop = asyncio.get_running_loop()
+        with suppress(RuntimeError, ValueError):
+            for number in _SIGNALS:
+                loop.add_signal_handler(number, self._received)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        loop = asyncio.get_running_loop()
+        with suppress(RuntimeError, ValueError):
+            for number in _SIGNALS:
+                loop.remove_signal_handler(number)
+
+    def _received(self) -> None:
+        (self.again if self._stop.is_set() else self._stop).set()
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may use: the fewest of machine, affinity and container."""
+    limits = [len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1]
+    with suppress(OSError, ValueError):
+        quota, period = _CGROUP_LIMIT.read_text().split()
+        limits.append(max(1, int(quota) // int(period)))
+    return min(limits)
+
+
+def _engine_options(settings: ServeSettings) -> EngineOptions:
+    return EngineOptions(
+        max_batch_size=settings.max_batch_size,
+        max_batch_tokens=settings.max_batch_tokens,
+        page_size=settings.page_size,
+        kv_cache_bytes=settings.kv_cache_bytes,
+        max_context=settings.max_context,
+        max_queue=settings.max_queue,
+    )
+
+
+def _describe(loaded: Loaded, engine: EngineService, port: int) -> Ready:
+    settings = loaded.settings
+    return Ready(
+        base=settings.base,
+        address=f"{settings.host}:{port}",
+        port=port,
+        metrics_address=(
+            f"http://{settings.host}:{settings.metrics_port}/metrics" if settings.metrics_port else ""
+        ),
+        store=settings.store,
+        num_stored=loaded.num_stored,
+        kv_tokens=engine.stats().kv_pages_total * settings.page_size,
+        max_context=engine.max_context,
+        adapter_slots=settings.adapter_slots,
+        device=str(loaded.base.device),
+        dtype=str(loaded.base.dtype).removeprefix("torch."),
+        kernels=loaded.kernels,
+        threads=torch.get_num_threads(),
+        seconds=time.monotonic() - loaded.started,
+    )
+
+
+def _check_port(settings: ServeSettings, name: str) -> None:
+    """Refuse a taken port before a base is loaded for minutes."""
+    host, port = settings.host, int(getattr(settings, name))
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise StartupError(
+            f"{flag_of(name)}: cannot listen on {host}:{port}: {reason}; give another port"
+        ) from error
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise StartupError("--device: torch sees no CUDA device; use --device cpu, or install a CUDA build")
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise BaseModelError(f"base: transformers cannot load its tokenizer: {reason}") from error
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("hotswap")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

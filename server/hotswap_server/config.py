@@ -1,0 +1,172 @@
+"""What `hotswap serve` can be told: by flag, else by environment, else by a YAML file, else by default."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import yaml
+from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+
+ENV_PREFIX: Final = "HOTSWAP_SERVE_"
+
+
+class SettingsError(ValueError):
+    """A setting is missing or wrong. The message is one line that names it, its value and the remedy."""
+
+
+class ServeSettings(BaseSettings):
+    """Settings of a server. Every field is also a flag, a variable `HOTSWAP_SERVE_…` and a key in YAML.
+
+    Sizes are in bytes; numbers with a unit, such as `512MiB` or `2GB`, are accepted. Times are in seconds.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, validate_default=True
+    )
+
+    base: str = Field(
+        "smollm2", min_length=1, description="Base model: a transformers directory, a hub id, or smollm2."
+    )
+    store: str = Field(min_length=1, description="Adapter store: a directory or an fsspec URL.")
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, for metrics too.")
+    port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
+    metrics_port: int = Field(9400, ge=0, le=65535, description="Prometheus port; 0 switches metrics off.")
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where the model runs.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."
+    )
+    kernels: Literal["auto", "native", "onednn", "reference"] = Field(
+        "auto", description="Which implementation of the operations runs."
+    )
+    threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: physical cores.")
+
+    max_batch_size: int = Field(64, ge=1, description="Most requests in one step.")
+    max_batch_tokens: int = Field(
+        512, ge=1, description="Most tokens in one step; longer prompts take several."
+    )
+    page_size: int = Field(16, ge=1, le=1024, description="Tokens per page of the key-value cache.")
+    kv_cache_bytes: ByteSize = Field(
+        ByteSize(1 << 30), gt=0, description="Size of the key-value cache in bytes."
+    )
+    max_context: int | None = Field(
+        None, ge=2, description="Most tokens of prompt and output together; default: what the base can."
+    )
+
+    adapter_slots: int = Field(16, ge=1, description="Adapters that are ready on the device at once.")
+    max_lora_rank: int = Field(64, ge=1, description="Largest LoRA rank; adapters over it are refused.")
+    host_cache_bytes: ByteSize = Field(
+        ByteSize(1 << 30), ge=0, description="Host memory for loaded adapters in bytes."
+    )
+    load_workers: int = Field(2, ge=1, le=256, description="Adapters that are loaded at the same time.")
+    load_deadline: float = Field(
+        60.0, gt=0, description="Longest that loading an adapter may take, in seconds."
+    )
+
+    max_queue: int = Field(
+        1024, ge=1, description="Most waiting requests; more are answered RESOURCE_EXHAUSTED."
+    )
+    max_timeout: float = Field(3600.0, gt=0, description="Longest that a call may take, in seconds.")
+    max_message_bytes: ByteSize = Field(
+        ByteSize(8 << 20), ge=1024, le=2**31 - 1, description="Largest request message in bytes."
+    )
+    drain_timeout: float = Field(
+        30.0, ge=0, description="Longest that a stop waits for running requests, in seconds."
+    )
+    reflection: bool = Field(True, description="Whether clients may ask for the API's description.")
+
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe log line."
+    )
+    log_format: Literal["json", "console"] = Field("console", description="Form of a log line.")
+
+    @field_validator("load_deadline", "max_timeout", "drain_timeout")
+    @classmethod
+    def _finite(cls, value: float) -> float:
+        if not math.isfinite(value):
+            raise ValueError("input should be a finite number of seconds")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, env_settings
+
+
+def load_settings(config: Path | None = None, **flags: Any) -> ServeSettings:
+    """The settings of `flags`, the environment and the YAML file `config`, in this order of precedence.
+
+    A flag that is None was not given.
+
+    Raises:
+        SettingsError: a value is wrong or missing, or the file is; a key of it that is no setting included.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    from_file = {} if config is None else _read_yaml(config)
+
+    class Layered(ServeSettings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *args: Any, **sources: PydanticBaseSettingsSource
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            file = InitSettingsSource(settings_cls, init_kwargs=from_file)
+            return *super().settings_customise_sources(settings_cls, *args, **sources), file
+
+    try:
+        values = Layered(**given).model_dump()
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise SettingsError(_describe(problem, given, config)) from None
+    return ServeSettings.model_construct(**values)
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError(f"--config {path}: cannot be read: {reason}") from None
+    except yaml.YAMLError as error:
+        raise SettingsError(f"--config {path}: is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path}: must map settings to values, such as `port: 50051`")
+    known = ServeSettings.model_fields
+    for key in content:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            remedy = f"did you mean {close[0]!r}?" if close else "see `hotswap serve --help` for the settings"
+            raise SettingsError(f"--config {path}: unknown setting {key!r}; {remedy}")
+    return {key: value for key, value in content.items() if value is not None}
+
+
+def _describe(problem: Mapping[str, Any], given: Mapping[str, Any], config: Path | None) -> str:
+    name = str(problem["loc"][0]) if problem["loc"] else "settings"
+    flag, variable = flag_of(name), f"{ENV_PREFIX}{name.upper()}"
+    if problem["type"] == "missing":
+        return f"{name}: is required; give {flag}, set {variable}, or write {name!r} into the --config file"
+    if name in given:
+        source = flag
+    elif os.environ.get(variable) or variable.lower() in os.environ:
+        source = variable
+    else:
+        source = f"--config {config}"
+    rule = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{name}: {rule[0].lower()}{rule[1:]}, got {problem['input']!r}; correct it in {source}"

@@ -1,0 +1,1 @@
+"""Transport: the servicers, and everything that only gRPC needs."""

@@ -1,0 +1,170 @@
+"""AdapterService: what the store holds, and what is in memory."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+from itertools import groupby
+from typing import Any, NoReturn, TypeVar
+
+from hotswap.v1 import adapters_pb2, adapters_pb2_grpc
+
+from hotswap_server.adapters.manager import AdapterInfo, AdapterManager, Residency
+from hotswap_server.errors import AdapterInUseError, InvalidRequestError
+from hotswap_server.grpc import convert
+from hotswap_server.grpc.interceptors import current_call
+from hotswap_server.grpc.status import NotImplementedByServerError
+from hotswap_server.metrics import method_label
+
+DEFAULT_PAGE_SIZE = 100
+MAX_PAGE_SIZE = 1000
+
+T = TypeVar("T")
+
+
+class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
+    """The manager's calls block on the store, so they run on `store_threads`."""
+
+    def __init__(self, manager: AdapterManager, store_threads: Executor) -> None:
+        self._manager = manager
+        self._store_threads = store_threads
+
+    async def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, context: Any
+    ) -> adapters_pb2.ListAdaptersResponse:
+        size = request.page_size if request.HasField("page_size") else DEFAULT_PAGE_SIZE
+        if not 1 <= size <= MAX_PAGE_SIZE:
+            raise InvalidRequestError("page_size", f"must be between 1 and {MAX_PAGE_SIZE}, got {size}")
+        after = _read_page_token(request.page_token)
+        found = await self._blocking(self._manager.list)
+        infos = sorted((info for info in found if info.ref.name.startswith(request.name_prefix)), key=_order)
+        if not request.all_versions:
+            infos = list(_newest_and_resident(infos))
+        rest = [info for info in infos if after is None or _order(info) > after]
+        page = rest[:size]
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[convert.adapter(info) for info in page],
+            next_page_token=_page_token(page[-1]) if len(rest) > size else "",
+        )
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, context: Any
+    ) -> adapters_pb2.GetAdapterResponse:
+        name, version = _named(request)
+        info = await self._blocking(lambda: self._manager.get(name, version))
+        _tell(info)
+        return adapters_pb2.GetAdapterResponse(adapter=convert.adapter(info))
+
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, context: Any
+    ) -> adapters_pb2.LoadAdapterResponse:
+        name, version = _named(request)
+        before = await self._blocking(lambda: self._manager.get(name, version))
+        _tell(before)
+        started = time.monotonic()
+        # By its number: a version that is published meanwhile is another one.
+        loaded = await self._future(lambda: self._manager.load(name, before.ref.version))
+        seconds = 0.0 if before.residency is Residency.DEVICE else time.monotonic() - started
+        return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(loaded), load_seconds=seconds)
+
+    async def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, context: Any
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        name, version = _named(request)
+        policy = request.in_use
+        if policy not in adapters_pb2.InUsePolicy.values():
+            raise InvalidRequestError("in_use", f"must be a value of InUsePolicy, got {policy}")
+        cancel = policy == adapters_pb2.IN_USE_POLICY_CANCEL
+        resident = [info for info in await self._of(name, version) if info.residency is not Residency.STORE]
+        running = sum(info.running for info in resident)
+        if running and not cancel and policy != adapters_pb2.IN_USE_POLICY_WAIT:
+            raise AdapterInUseError(
+                f"{running} running requests use {name}; wait for them, or set `in_use` to wait or cancel",
+                adapter=name,
+            )
+        await self._future(lambda: self._manager.unload(name, version, cancel=cancel))
+        versions = {info.ref.version for info in resident}
+        now = [info for info in await self._of(name, version) if info.ref.version in versions]
+        return adapters_pb2.UnloadAdapterResponse(
+            adapters=[convert.adapter(info) for info in now], cancelled_requests=running if cancel else 0
+        )
+
+    async def PinAdapter(
+        self, request: adapters_pb2.PinAdapterRequest, context: Any
+    ) -> adapters_pb2.PinAdapterResponse:
+        _not_implemented("pins adapters; LoadAdapter brings one to the device until its slot is needed")
+
+    async def UnpinAdapter(
+        self, request: adapters_pb2.UnpinAdapterRequest, context: Any
+    ) -> adapters_pb2.UnpinAdapterResponse:
+        _not_implemented("pins adapters, so none is pinned")
+
+    async def MergeAdapter(
+        self, request: adapters_pb2.MergeAdapterRequest, context: Any
+    ) -> adapters_pb2.MergeAdapterResponse:
+        _not_implemented("merges adapters; its requests run batched")
+
+    async def UnmergeAdapter(
+        self, request: adapters_pb2.UnmergeAdapterRequest, context: Any
+    ) -> adapters_pb2.UnmergeAdapterResponse:
+        _not_implemented("merges adapters, so none is merged")
+
+    async def _of(self, name: str, version: int | None) -> list[AdapterInfo]:
+        """The versions in the store, ascending; AdapterNotFoundError if there is none."""
+        newest_or_given = await self._blocking(lambda: self._manager.get(name, version))
+        _tell(newest_or_given)
+        if version is not None:
+            return [newest_or_given]
+        infos = await self._blocking(self._manager.list)
+        return sorted((info for info in infos if info.ref.name == name), key=_order)
+
+    async def _blocking(self, call: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._store_threads, call)
+
+    async def _future(self, begin: Callable[[], Future[T]]) -> T:
+        return await asyncio.wrap_future(await self._blocking(begin))
+
+
+def _named(request: Any) -> tuple[str, int | None]:
+    name = convert.adapter_name("name", request.name)
+    current_call().facts["adapter"] = name
+    return name, convert.adapter_version(request.version if request.HasField("version") else None)
+
+
+def _tell(info: AdapterInfo) -> None:
+    call = current_call()
+    call.method = method_label(info.ref.method)
+    call.facts["version"] = info.ref.version
+
+
+def _not_implemented(what: str) -> NoReturn:
+    raise NotImplementedByServerError(f"this server never {what}")
+
+
+def _order(info: AdapterInfo) -> tuple[str, int]:
+    return info.ref.name, info.ref.version
+
+
+def _newest_and_resident(infos: Iterable[AdapterInfo]) -> Iterable[AdapterInfo]:
+    for _, group in groupby(infos, key=lambda info: info.ref.name):
+        versions = list(group)
+        yield from (info for info in versions[:-1] if info.residency is not Residency.STORE)
+        yield versions[-1]
+
+
+def _page_token(last: AdapterInfo) -> str:
+    return base64.urlsafe_b64encode(str(last.ref).encode()).decode()
+
+
+def _read_page_token(token: str) -> tuple[str, int] | None:
+    if not token:
+        return None
+    try:
+        name, _, version = base64.b64decode(token, altchars=b"-_", validate=True).decode().rpartition("@")
+        return name, int(version)
+    except (binascii.Error, ValueError):
+        raise InvalidRequestError("page_token", "must be the next_page_token of the page before") from None

@@ -1,0 +1,145 @@
+"""InferenceService: requests to the engine, its events to responses."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Executor
+from contextlib import aclosing
+from typing import Any
+
+from hotswap.v1 import inference_pb2, inference_pb2_grpc
+
+from hotswap_server.core import (
+    BASE_METHOD,
+    MAX_TOP_LOGPROBS,
+    AdapterRef,
+    Delta,
+    Finished,
+    GenerateRequest,
+    ScoreRequest,
+)
+from hotswap_server.engine.service import EngineService
+from hotswap_server.errors import EngineError, InvalidRequestError
+from hotswap_server.grpc import convert
+from hotswap_server.grpc.encoding import InputEncoder
+from hotswap_server.grpc.interceptors import current_call
+from hotswap_server.metrics import method_label
+
+AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
+
+
+class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
+    """Leaving a call, for whatever reason, leaves the engine's iterator, which cancels the request there."""
+
+    def __init__(self, engine: EngineService, encoder: InputEncoder, store_threads: Executor) -> None:
+        self._engine = engine
+        self._encoder = encoder
+        self._store_threads = store_threads
+
+    async def Generate(
+        self, request: inference_pb2.GenerateRequest, context: Any
+    ) -> inference_pb2.GenerateResponse:
+        prepared = await self._prepare(request)
+        deltas: list[Delta] = []
+        async with aclosing(self._events(prepared)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    deltas.append(event)
+                else:
+                    response = convert.generation(deltas)
+                    response.completion.CopyFrom(convert.completion(event, prepared.adapter))
+                    return response
+        raise EngineError("the engine ended the request without a result")
+
+    async def GenerateStream(
+        self, request: inference_pb2.GenerateStreamRequest, context: Any
+    ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
+        prepared = await self._prepare(request)
+        async with aclosing(self._events(prepared)) as events:
+            async for event in events:
+                if isinstance(event, Delta):
+                    yield inference_pb2.GenerateStreamResponse(delta=convert.delta(event))
+                else:
+                    completion = convert.completion(event, prepared.adapter)
+                    yield inference_pb2.GenerateStreamResponse(completion=completion)
+                    return
+        raise EngineError("the engine ended the request without a result")
+
+    async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
+        if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
+            raise InvalidRequestError(
+                "top_logprobs", f"must be between 0 and {MAX_TOP_LOGPROBS}, got {request.top_logprobs}"
+            )
+        before: tuple[int, ...] = ()
+        if request.HasField("context"):
+            before = await self._encoder.encode("context", request.context)
+        target = request.WhichOneof("target")
+        if target == "text":
+            scored = await self._encoder.text("text", request.text, continuation=bool(before))
+        elif target == "token_ids":
+            scored = self._encoder.ids("token_ids", request.token_ids)
+        else:
+            raise InvalidRequestError("target", "is required; set text or token_ids")
+        adapter = await self._resolve(request.adapter, _version(request))
+        result = await self._engine.score(
+            ScoreRequest(
+                id=uuid.uuid4().hex,
+                prompt_ids=before + scored,
+                score_from=len(before) or 1,
+                top_logprobs=request.top_logprobs,
+                adapter=adapter,
+            )
+        )
+        current_call().facts |= {"path": result.path.value, "prompt_tokens": result.num_prompt_tokens}
+        return convert.score(result, adapter)
+
+    async def Tokenize(
+        self, request: inference_pb2.TokenizeRequest, context: Any
+    ) -> inference_pb2.TokenizeResponse:
+        current_call().method = method_label(BASE_METHOD)
+        ids = await self._encoder.encode("input", request.input)
+        return inference_pb2.TokenizeResponse(token_ids=ids, count=len(ids))
+
+    async def _prepare(self, request: AnyGenerateRequest) -> GenerateRequest:
+        sampling = convert.sampling_params(request.sampling, self._encoder.vocab_size)
+        prompt = await self._encoder.encode("input", request.input)
+        adapter = await self._resolve(request.adapter, _version(request))
+        return GenerateRequest(id=uuid.uuid4().hex, prompt_ids=prompt, sampling=sampling, adapter=adapter)
+
+    async def _resolve(self, name: str, version: int | None) -> AdapterRef | None:
+        call = current_call()
+        version = convert.adapter_version(version)
+        if not name:
+            if version is not None:
+                raise InvalidRequestError(
+                    "version", "must be absent for the base model; name the adapter too"
+                )
+            call.method = method_label(BASE_METHOD)
+            return None
+        name = convert.adapter_name("adapter", name)
+        call.facts["adapter"] = name
+        ref = await asyncio.get_running_loop().run_in_executor(
+            self._store_threads, self._engine.adapters.resolve, name, version
+        )
+        call.method = method_label(ref.method)
+        call.facts["version"] = ref.version
+        return ref
+
+    async def _events(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished, None]:
+        facts = current_call().facts
+        async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
+            async for event in events:
+                if isinstance(event, Finished):
+                    facts |= {
+                        "path": event.path.value,
+                        "finish_reason": event.finish_reason.value,
+                        "prompt_tokens": event.num_prompt_tokens,
+                        "generated_tokens": event.num_generated_tokens,
+                    }
+                yield event
+
+
+def _version(request: AnyGenerateRequest | inference_pb2.ScoreRequest) -> int | None:
+    return request.version if request.HasField("version") else None

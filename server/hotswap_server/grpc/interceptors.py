@@ -1,0 +1,160 @@
+"""What happens around every call: counting, time limit, errors to statuses, one line in the log."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+import structlog
+
+from hotswap_server.grpc.status import TimeLimitError, status_of
+from hotswap_server.metrics import UNKNOWN, Metrics
+
+API_PREFIX: Final = "/hotswap.v1."
+REQUEST_ID_KEY: Final = "x-request-id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
+
+logger = structlog.stdlib.get_logger(__name__)
+
+
+@dataclass(slots=True)
+class CallInfo:
+    """What the servicers tell the log and the metrics about the current call: facts, never content."""
+
+    rpc: str
+    request_id: str
+    method: str = UNKNOWN
+    facts: dict[str, object] = field(default_factory=dict)
+
+
+_current: ContextVar[CallInfo] = ContextVar("hotswap_call")
+
+
+def current_call() -> CallInfo:
+    """The call that this task serves."""
+    return _current.get()
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+    """Wraps the handlers of the API; those of health and reflection stay as they are."""
+
+    def __init__(self, metrics: Metrics, *, max_seconds: float) -> None:
+        self._metrics = metrics
+        self._max_seconds = max_seconds
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    async def wait_idle(self) -> None:
+        """Return when no call of the API is in flight."""
+        await self._idle.wait()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any]:
+        handler: Any = await continuation(handler_call_details)
+        name: str = handler_call_details.method
+        if handler is None or not name.startswith(API_PREFIX):
+            return handler  # type: ignore[no-any-return]
+        rpc = name.rpartition("/")[2]
+        serializers = {
+            "request_deserializer": handler.request_deserializer,
+            "response_serializer": handler.response_serializer,
+        }
+        if handler.response_streaming:
+            # A coroutine that writes by itself, so that the time limit also ends a write nobody reads.
+            async def stream(request: Any, context: Any) -> None:
+                async with (
+                    self._call(rpc, context),
+                    aclosing(handler.unary_stream(request, context)) as messages,
+                ):
+                    async for message in messages:
+                        await context.write(message)
+
+            return grpc.unary_stream_rpc_method_handler(stream, **serializers)
+
+        async def unary(request: Any, context: Any) -> Any:
+            async with self._call(rpc, context):
+                return await handler.unary_unary(request, context)
+
+        return grpc.unary_unary_rpc_method_handler(unary, **serializers)
+
+    @asynccontextmanager
+    async def _call(self, rpc: str, context: Any) -> AsyncIterator[None]:
+        call = CallInfo(rpc, _request_id(context))
+        _current.set(call)
+        started = time.monotonic()
+        code = grpc.StatusCode.OK
+        self._started(rpc)
+        context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+        try:
+            with structlog.contextvars.bound_contextvars(request_id=call.request_id):
+                try:
+                    async with asyncio.timeout(self._max_seconds) as limit:
+                        yield
+                except asyncio.CancelledError:
+                    code = _code_of_cancellation(context)
+                    raise
+                except Exception as caught:
+                    error = self._time_limit() if limit.expired() else caught
+                    status = status_of(error)
+                    code = status.code
+                    status.trailing_metadata += ((REQUEST_ID_KEY, call.request_id),)
+                    call.facts["error"] = _reason(error)
+                    await context.abort_with_status(status)
+        finally:
+            self._ended(call, code, time.monotonic() - started)
+
+    def _time_limit(self) -> TimeLimitError:
+        return TimeLimitError(
+            f"the call took longer than the {self._max_seconds:g} s this server allows; ask for less, or "
+            "raise --max-timeout"
+        )
+
+    def _started(self, rpc: str) -> None:
+        self._in_flight += 1
+        self._idle.clear()
+        self._metrics.call_started(rpc)
+
+    def _ended(self, call: CallInfo, code: grpc.StatusCode, seconds: float) -> None:
+        self._in_flight -= 1
+        if self._in_flight == 0:
+            self._idle.set()
+        self._metrics.call_ended(call.rpc, call.method, code.name, seconds)
+        logger.info(
+            "call",
+            rpc=call.rpc,
+            request_id=call.request_id,
+            code=code.name,
+            method=call.method,
+            seconds=round(seconds, 6),
+            **call.facts,
+        )
+
+
+def _request_id(context: Any) -> str:
+    for key, value in context.invocation_metadata() or ():
+        if key == REQUEST_ID_KEY and isinstance(value, str) and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "reason", type(error).__name__)
+
+
+def _code_of_cancellation(context: Any) -> grpc.StatusCode:
+    remaining = context.time_remaining()
+    if remaining is not None and remaining <= 0:
+        return grpc.StatusCode.DEADLINE_EXCEEDED
+    return grpc.StatusCode.CANCELLED
