@@ -81,10 +81,14 @@ class SamplingParams:
         require(self.top_k >= 0, "top_k", "0 (off) or more", self.top_k)
         require(0 <= self.min_p <= 1, "min_p", "between 0 (off) and 1", self.min_p)
         p = self.repetition_penalty
-        require(math.isfinite(p) and 0 < p <= 100, "repetition_penalty", "over 0 (1 is off) and at most 100", p)
+        require(
+            math.isfinite(p) and 0 < p <= 100, "repetition_penalty", "over 0 (1 is off) and at most 100", p
+        )
         s = self.seed
         require(s is None or 0 <= s < 2**63, "seed", "between 0 and 2**63-1", s)
-        require(len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop))
+        require(
+            len(self.stop) <= MAX_STOP_STRINGS, "stop", f"at most {MAX_STOP_STRINGS} strings", len(self.stop)
+        )
         require(all(self.stop), "stop", "without empty strings", self.stop)
         k = self.logprobs
         require(k is None or 0 <= k <= MAX_TOP_LOGPROBS, "logprobs", f"between 0 and {MAX_TOP_LOGPROBS}", k)

@@ -51,6 +51,12 @@ class AdapterInUseError(HotswapError):
     reason = "ADAPTER_IN_USE"
 
 
+class AdapterUnloadedError(HotswapError):
+    """The adapter was unloaded, by an operator who did not wait for its requests."""
+
+    reason = "ADAPTER_UNLOADED"
+
+
 class CapacityError(HotswapError):
     """The request can never fit the memory or slots this server was started with."""
 

@@ -11,6 +11,7 @@ from typing import Final, NoReturn
 import safetensors
 import torch
 from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE, content_digest
+
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import AdapterInvalidError
 
@@ -105,7 +106,8 @@ def parse_weights(data: bytes, adapter: str) -> dict[str, torch.Tensor]:
         if not content:
             raise file_error(adapter, WEIGHTS_FILE, f"tensor {name!r} of shape {shape} is empty")
         tensor = torch.frombuffer(content, dtype=dtype).reshape(shape)
-        if not torch.isfinite(tensor).all():
+        # A sum is finite only if every term is, and is many times faster than looking at each of them.
+        if not tensor.sum(dtype=torch.float32).isfinite() and not tensor.isfinite().all():
             kind = "NaN" if torch.isnan(tensor).any() else "infinity"
             raise file_error(adapter, WEIGHTS_FILE, f"tensor {name!r} holds {kind}; train the adapter again")
         tensors[name] = tensor

@@ -10,6 +10,7 @@ from typing import Any
 from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from hotswap.layout import HIDDEN_PREFIX
+
 from hotswap_server.errors import (
     AdapterInvalidError,
     AdapterNotFoundError,
@@ -41,31 +42,25 @@ class StoreFiles:
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root: str = (os.path.realpath(root) if self._local else root).rstrip("/")
 
-    def entries(self, directory: str, label: str) -> dict[str, FileInfo]:
-        """The visible entries of a directory, by name; none where there is no directory. Links are followed.
+    def names(self, directory: str, label: str) -> set[str]:
+        """The names of the entries of a directory; none where there is no directory.
 
         Raises:
             AdapterInvalidError: a link in the path leads out of the store.
             StoreUnavailableError: the directory cannot be read.
         """
-        path = f"{self._root}/{directory}".rstrip("/")
-        self._refuse_escape(path, label)
         with self._storage_errors(label):
-            try:
-                infos = self._fs.ls(path, detail=True)
-            except (FileNotFoundError, NotADirectoryError):
-                if self._local and not os.path.isdir(self._root):
-                    raise StoreUnavailableError("the store's directory is missing; is it mounted?") from None
-                return {}
+            return {path.rpartition("/")[2] for path in self._list(directory, label, detail=False)}
+
+    def entries(self, directory: str, label: str) -> dict[str, FileInfo]:
+        """What the entries of a directory are, by name, links followed. Otherwise as `names`, but slower."""
+        with self._storage_errors(label):
             entries: dict[str, FileInfo] = {}
-            for info in infos:
-                entry = info["name"].rstrip("/")
-                name = entry.rpartition("/")[2]
-                if entry == path or name.startswith(HIDDEN_PREFIX):  # a file lists itself
-                    continue
+            for path, info in self._list(directory, label, detail=True).items():
+                name = path.rpartition("/")[2]
                 if info.get("islink"):
                     with suppress(OSError):  # a link to nothing is no entry
-                        entries[name] = self._fs.info(entry)  # of what it points to
+                        entries[name] = self._fs.info(path)  # of what it points to
                 else:
                     entries[name] = info
             return entries
@@ -108,6 +103,24 @@ class StoreFiles:
             with self._storage_errors(label):
                 chunk: bytes = self._fs.cat_file(path, start=start, end=min(start + _CHUNK_BYTES, size))
             yield chunk
+
+    def _list(self, directory: str, label: str, *, detail: bool) -> dict[str, FileInfo]:
+        """What fsspec tells, by path, of the visible entries; without `detail` nothing but the paths."""
+        root = f"{self._root}/{directory}".rstrip("/")
+        self._refuse_escape(root, label)
+        try:
+            listed = self._fs.ls(root, detail=detail)
+        except (FileNotFoundError, NotADirectoryError):
+            if self._local and not os.path.isdir(self._root):
+                raise StoreUnavailableError("the store's directory is missing; is it mounted?") from None
+            return {}
+        infos = (
+            {info["name"].rstrip("/"): info for info in listed}
+            if detail
+            else {path.rstrip("/"): {} for path in listed}
+        )
+        infos.pop(root, None)  # a file lists itself
+        return {path: infos[path] for path in infos if not path.rpartition("/")[2].startswith(HIDDEN_PREFIX)}
 
     def _refuse_escape(self, path: str, label: str) -> None:
         if not self._local:

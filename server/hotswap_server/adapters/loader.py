@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import structlog
+
 from hotswap_server.adapters.checkpoint import AdapterChangedError, RawCheckpoint
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.core import AdapterRef

@@ -19,6 +19,7 @@ from hotswap.layout import (
     versions_in,
 )
 from hotswap.names import MAX_VERSION, AdapterName, InvalidAdapterNameError
+
 from hotswap_server.adapters.checkpoint import (
     CONVERT_REMEDY,
     PICKLE_FILE,
@@ -184,14 +185,13 @@ class AdapterStore:
         if version is not None and version != UNNUMBERED_VERSION:
             locations = [self._numbered(name, task, version)]
         else:
-            entries = self._files.entries(task, str(name))
-            numbers = versions_in(entry for entry, info in entries.items() if info["type"] == "directory")
-            if version is not None:
-                numbers = [number for number in numbers if number == version]
+            names = self._files.names(task, str(name))
+            numbers = [n for n in versions_in(names - {CONFIG_FILE}) if version is None or n == version]
             locations = [self._numbered(name, task, number) for number in reversed(numbers[-1:])]
             if locations and not locations[0].exists:  # the rest is looked at only when it has to be
                 locations += [self._numbered(name, task, number) for number in reversed(numbers[:-1])]
-            if UNNUMBERED_VERSION not in numbers and (CONFIG_FILE in entries or WEIGHTS_FILE in entries):
+            if str(UNNUMBERED_VERSION) not in names and names & {CONFIG_FILE, WEIGHTS_FILE}:
+                entries = self._files.entries(task, str(name))
                 locations.append(_Location(f"{name}@{UNNUMBERED_VERSION}", UNNUMBERED_VERSION, task, entries))
         locations = [location for location in locations if location.entries]
         if not locations:

@@ -1,0 +1,1 @@
+"""Adapters: store -> host cache -> device banks, one file per method."""

@@ -1,0 +1,97 @@
+"""What a method is to the server: how it reads a checkpoint, and the bank that its adapters run from.
+
+A method is one module in `methods/` with a `METHOD` that has these attributes; nothing else names it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Protocol
+
+from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.errors import AdapterInvalidError
+
+
+class MethodAdapter(Protocol):
+    """An adapter in host memory, checked against the base. `details` are for people: rank, targets."""
+
+    @property
+    def method(self) -> str: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def num_parameters(self) -> int: ...
+
+    @property
+    def details(self) -> Mapping[str, str]: ...
+
+
+class AdapterBank(Protocol):
+    """Device memory for `num_slots` adapters of one method, attached to the base when it was made.
+
+    `put` may run on any thread while other slots are in use by a step; the manager hands out each slot once.
+    """
+
+    num_slots: int
+
+    def put(self, slot: int, adapter: Any) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class BankOptions:
+    """Sizes fixed at start."""
+
+    num_slots: int = 16
+    max_lora_rank: int = 64
+
+
+class Method(Protocol):
+    """`name` as in responses and metrics, `peft_type` as in `adapter_config.json`."""
+
+    name: str
+    peft_type: str
+
+    def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> MethodAdapter:
+        """Check every field and tensor.
+
+        Raises:
+            AdapterInvalidError: something does not fit or would be left out; the message names it.
+        """
+        ...
+
+    def create_bank(self, base: BaseModel, options: BankOptions) -> AdapterBank: ...
+
+
+@cache
+def available_methods() -> Mapping[str, Method]:
+    """The methods in `methods/`, by name."""
+    from hotswap_server.adapters import methods
+
+    found: dict[str, Method] = {}
+    for module in pkgutil.iter_modules(methods.__path__):
+        method: Method = importlib.import_module(f"{methods.__name__}.{module.name}").METHOD
+        found[method.name] = method
+    return found
+
+
+def method_of(config: Mapping[str, object]) -> str:
+    """The name of the method that an `adapter_config.json` is of.
+
+    Raises:
+        AdapterInvalidError: it is of none that is served here.
+    """
+    peft_type = config.get("peft_type")
+    for method in available_methods().values():
+        if method.peft_type == peft_type:
+            return method.name
+    served = ", ".join(sorted(method.peft_type for method in available_methods().values()))
+    raise AdapterInvalidError(
+        f"adapter_config.json: peft_type {peft_type!r} is not served; these are: {served}"
+    )

@@ -1,0 +1,245 @@
+"""LoRA (Hu et al., 2021): W x + scaling * B A x, with rsLoRA's scaling (Kalajdzievski, 2023)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.adapters.method import BankOptions
+from hotswap_server.adapters.targets import by_pattern, target_modules
+from hotswap_server.engine.attention import StepState
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.projection import ProjectionGroup
+from hotswap_server.errors import AdapterInvalidError
+from hotswap_server.kernels import GroupedLora
+
+_PREFIX = "base_model.model."
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+
+# Fields of LoraConfig that this file reads.
+_READ = frozenset(
+    {
+        *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    }
+)
+# Fields that leave a trained adapter's result alone.
+_WITHOUT_EFFECT = frozenset(
+    {
+        *(
+            "peft_type",
+            "auto_mapping",
+            "base_model_name_or_path",
+            "revision",
+            "inference_mode",
+            "peft_version",
+        ),
+        *("task_type", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    }
+)
+# Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoRA-GA) change them.
+_PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
+
+_MODULE_TENSORS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_A": "LoRA on an embedding",
+    "lora_embedding_B": "LoRA on an embedding",
+    "lora_B.bias": "lora_bias",
+    "modules_to_save": "modules_to_save",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraAdapter:
+    """`weights` by module: A [rank, in_features] and B [rank, out_features], the latter already scaled."""
+
+    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    nbytes: int
+    num_parameters: int
+    details: Mapping[str, str]
+    method: str = field(default="lora", init=False)
+
+
+class LoraBank:
+    """Banks for all groups of projections. A group's tensors are made when an adapter first touches it."""
+
+    def __init__(self, base: BaseModel, options: BankOptions) -> None:
+        self.num_slots = options.num_slots
+        self._base = base
+        self._max_rank = options.max_lora_rank
+        self._banks: dict[ProjectionGroup, GroupedLora] = {}
+
+    def put(self, slot: int, adapter: LoraAdapter) -> None:
+        for group in self._base.projections:
+            touched = any(name in adapter.weights for name in group.names)
+            if group not in self._banks and not touched:
+                continue
+            bank = self._banks.get(group) or self._allocate(group)
+            for member, name in enumerate(group.names):
+                weights = adapter.weights.get(name)
+                if weights is None:
+                    bank.ranks[slot, member] = 0
+                    continue
+                a, b = weights
+                rank = a.shape[0]
+                bank.a[slot, member, :rank].copy_(a)
+                bank.b[member][slot, :rank].copy_(b)
+                bank.ranks[slot, member] = rank
+
+    def _allocate(self, group: ProjectionGroup) -> GroupedLora:
+        slots, members, rank = self.num_slots, len(group.names), self._max_rank
+
+        def empty(*shape: int) -> torch.Tensor:
+            # Rows beyond a rank are never read, so on a CPU they never take memory either.
+            return torch.empty(*shape, dtype=self._base.dtype, device=self._base.device)
+
+        bank = GroupedLora(
+            a=empty(slots, members, rank, group.in_features),
+            b=tuple(empty(slots, rank, width) for width in group.widths),
+            ranks=torch.zeros(slots, members, dtype=torch.int32, device=self._base.device),
+            widths=group.widths,
+            offsets=group.offsets,
+        )
+        self._banks[group] = bank
+        group.deltas.append(_LoraDelta(self._base.state, bank))
+        return bank
+
+
+class _LoraDelta:
+    def __init__(self, state: StepState, bank: GroupedLora) -> None:
+        self._state = state
+        self._bank = bank
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        slots = self._state.slots.get(METHOD.name)
+        if slots is not None:
+            self._state.kernels.lora(x, self._bank, slots, out)
+
+
+class LoraMethod:
+    """Reads PEFT's LORA checkpoints."""
+
+    name = "lora"
+    peft_type = "LORA"
+
+    def create_bank(self, base: BaseModel, options: BankOptions) -> LoraBank:
+        return LoraBank(base, options)
+
+    def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> LoraAdapter:
+        config = checkpoint.config
+        _check_fields(config)
+        pairs = _pair_tensors(checkpoint.tensors)
+        expected = target_modules(config, base.linear_shapes)
+        _check_targets(expected, set(pairs))
+        weights = {}
+        for module, (a, b) in pairs.items():
+            _check_shapes(module, a, b, base.linear_shapes[module])
+            rank = _pattern_value(config, "rank_pattern", module, _number(config, "r"))
+            alpha = _pattern_value(config, "alpha_pattern", module, _number(config, "lora_alpha"))
+            if a.shape[0] != rank:
+                raise AdapterInvalidError(
+                    f"{module}{_A}: has rank {a.shape[0]}, but adapter_config.json (r, rank_pattern) says {rank:g}"
+                )
+            if rank > options.max_lora_rank:
+                raise AdapterInvalidError(
+                    f"{module}: rank {rank:g} is over this server's limit of {options.max_lora_rank}; "
+                    "start it with a larger max_lora_rank"
+                )
+            scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+            weights[module] = (a.to(base.dtype), (b.float() * scaling).t().to(base.dtype).contiguous())
+        ranks = sorted({a.shape[0] for a, _ in weights.values()})
+        return LoraAdapter(
+            weights=weights,
+            nbytes=sum(a.nbytes + b.nbytes for a, b in weights.values()),
+            num_parameters=sum(a.numel() + b.numel() for a, b in weights.values()),
+            details={
+                "rank": ", ".join(map(str, ranks)),
+                "alpha": str(config.get("lora_alpha")),
+                "rslora": str(bool(config.get("use_rslora"))).lower(),
+                "targets": ", ".join(sorted({module.rpartition(".")[2] for module in weights})),
+            },
+        )
+
+
+def _check_fields(config: Mapping[str, object]) -> None:
+    bias = config.get("bias", "none")
+    if bias != "none":
+        raise AdapterInvalidError(f"adapter_config.json: bias {bias!r} is not served; train with bias 'none'")
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise AdapterInvalidError(f"adapter_config.json: task_type {task!r} is not served, only CAUSAL_LM")
+    init = config.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise AdapterInvalidError(
+            f"adapter_config.json: init_lora_weights {init!r} changes the base weights; save the adapter with "
+            "PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+        )
+    for name, value in config.items():
+        if name not in _READ | _WITHOUT_EFFECT and value not in (None, False, [], {}, ""):
+            raise AdapterInvalidError(
+                f"adapter_config.json: {name} = {value!r} is not served; train without it"
+            )
+
+
+def _pair_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    halves: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        for marker, meaning in _MODULE_TENSORS.items():
+            if marker in name:
+                raise AdapterInvalidError(f"tensor {name}: {meaning} is not served")
+        suffix = next((end for end in (_A, _B) if name.endswith(end)), None)
+        if suffix is None or not name.startswith(_PREFIX):
+            raise AdapterInvalidError(f"tensor {name}: is no part of a LoRA, and nothing would use it")
+        halves.setdefault(name[len(_PREFIX) : -len(suffix)], {})[suffix] = tensor
+    for module, pair in halves.items():
+        if len(pair) != 2:
+            present = next(iter(pair))
+            raise AdapterInvalidError(
+                f"tensor {module}{present}: its partner {_B if present == _A else _A} is missing"
+            )
+    return {module: (pair[_A], pair[_B]) for module, pair in halves.items()}
+
+
+def _check_targets(expected: set[str], present: set[str]) -> None:
+    if missing := sorted(expected - present):
+        raise AdapterInvalidError(
+            f"adapter_config.json: targets {missing[0]} ({len(missing)} modules), for which there are no tensors"
+        )
+    if unused := sorted(present - expected):
+        raise AdapterInvalidError(
+            f"tensor {_PREFIX}{unused[0]}{_A}: its module is no target of adapter_config.json or no linear layer "
+            "of the base's decoder, so nothing would use it"
+        )
+
+
+def _check_shapes(module: str, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]) -> None:
+    out_features, in_features = shape
+    if a.ndim != 2 or a.shape[1] != in_features or a.shape[0] < 1:
+        raise AdapterInvalidError(f"{module}{_A}: is {list(a.shape)}, the base needs [rank, {in_features}]")
+    if tuple(b.shape) != (out_features, a.shape[0]):
+        raise AdapterInvalidError(
+            f"{module}{_B}: is {list(b.shape)}, the base and lora_A need [{out_features}, {a.shape[0]}]"
+        )
+
+
+def _number(config: Mapping[str, object], name: str) -> float:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise AdapterInvalidError(f"adapter_config.json: {name} must be a number over 0, got {value!r}")
+    return value
+
+
+def _pattern_value(config: Mapping[str, object], name: str, module: str, default: float) -> float:
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterInvalidError(f"adapter_config.json: {name} must be an object of pattern to number")
+    value = by_pattern(name, patterns, module, default)
+    return _number({name: value}, name)
+
+
+METHOD = LoraMethod()

@@ -1,0 +1,109 @@
+"""Which modules of the base an `adapter_config.json` means, by PEFT's rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from hotswap_server.errors import AdapterInvalidError
+
+V = TypeVar("V")
+
+_MAX_PATTERN = 2000  # characters
+
+
+def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[str]:
+    """Those of `modules` that `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` select.
+
+    Raises:
+        AdapterInvalidError: a field has the wrong type, a pattern is no regular expression, or a target
+            matches nothing.
+    """
+    names = list(modules)
+    targets = _names_or_pattern(config, "target_modules")
+    if targets is None or not targets:
+        raise AdapterInvalidError("adapter_config.json: target_modules is empty; name the adapted modules")
+    if isinstance(targets, str):
+        pattern = _compile("target_modules", targets)
+        selected = {name for name in names if pattern.fullmatch(name)}
+        if config.get("layers_to_transform") is not None:
+            raise AdapterInvalidError(
+                "adapter_config.json: layers_to_transform needs target_modules to be a list, not a pattern"
+            )
+    else:
+        idle = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
+        if idle:
+            raise AdapterInvalidError(
+                f"adapter_config.json: target_modules {', '.join(sorted(idle))} match no linear layer of the base; "
+                "was the adapter trained on another base?"
+            )
+        ends = tuple(f".{target}" for target in targets)
+        selected = {
+            name
+            for name in names
+            if name in targets or (name.endswith(ends) and _layer_selected(config, name))
+        }
+    excluded = _names_or_pattern(config, "exclude_modules")
+    if isinstance(excluded, str) and excluded:
+        pattern = _compile("exclude_modules", excluded)
+        selected = {name for name in selected if not pattern.fullmatch(name)}
+    elif excluded:
+        ends = tuple(f".{name}" for name in excluded)
+        selected = {name for name in selected if name not in excluded and not name.endswith(ends)}
+    if not selected:
+        raise AdapterInvalidError("adapter_config.json: its targets select no linear layer of the base")
+    return selected
+
+
+def by_pattern(field: str, patterns: Mapping[str, V], module: str, default: V) -> V:
+    """The value of the first pattern that `module` ends with, as `rank_pattern` and `alpha_pattern` mean it."""
+    for key, value in patterns.items():
+        if _compile(field, rf"(.*\.)?({key})$").match(module):
+            return value
+    return default
+
+
+def _layer_selected(config: Mapping[str, object], name: str) -> bool:
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    if isinstance(layers, int):
+        layers = [layers]
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise AdapterInvalidError(
+            "adapter_config.json: layers_to_transform must be a number or a list of numbers"
+        )
+    patterns = _names_or_pattern(config, "layers_pattern")
+    if not patterns:
+        expressions = [r".*?\.[^.]*\.(?P<idx>\d+)\."]
+    else:
+        given = [patterns] if isinstance(patterns, str) else patterns
+        expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in given]
+    for expression in expressions:
+        match = _compile("layers_pattern", expression).match(name)
+        if match is not None:
+            return int(match["idx"]) in layers
+    return False
+
+
+def _names_or_pattern(config: Mapping[str, object], field: str) -> list[str] | str | None:
+    value = config.get(field)
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise AdapterInvalidError(f"adapter_config.json: {field} must be a string or a list of strings")
+
+
+def _compile(field: str, pattern: str) -> re.Pattern[str]:
+    if len(pattern) > _MAX_PATTERN:
+        raise AdapterInvalidError(
+            f"adapter_config.json: {field} holds a pattern of over {_MAX_PATTERN} characters"
+        )
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise AdapterInvalidError(
+            f"adapter_config.json: {field} holds {pattern!r}, no regular expression: {error}"
+        ) from None

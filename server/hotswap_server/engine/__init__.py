@@ -1,0 +1,1 @@
+"""The engine: scheduler, batch, model runner, sampler."""

@@ -1,0 +1,130 @@
+"""The engine's entry in transformers' attention interface, and the state a step's forward reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+
+from hotswap_server.errors import BaseModelError
+from hotswap_server.kernels import AttentionLayout, Kernels, TokenSlots
+
+ATTENTION_NAME = "hotswap_paged"
+TRACE_NAME = "hotswap_trace"
+
+# Keyword arguments that leave the result of attention alone, or that the paged form honours.
+_KNOWN = frozenset(
+    {
+        "dropout",
+        "scaling",
+        "sliding_window",
+        "softcap",
+        "is_causal",
+        "position_ids",
+        "position_embeddings",
+        "use_cache",
+        "cache_position",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSite:
+    """The shape of one attention call, in the order the decoder makes them."""
+
+    layer: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class StepState:
+    """What the hooks of a forward read. The runner fills it before each step; one per engine."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.layout: AttentionLayout | None = None
+        self.key_caches: list[torch.Tensor] = []
+        self.value_caches: list[torch.Tensor] = []
+        self.slots: dict[str, TokenSlots] = {}
+
+
+_trace_sites: list[AttentionSite] | None = None
+
+
+@contextmanager
+def trace_into() -> Iterator[list[AttentionSite]]:
+    """Collect the attention calls of a forward made with `TRACE_NAME`."""
+    global _trace_sites
+    sites: list[AttentionSite] = []
+    _trace_sites = sites
+    try:
+        yield sites
+    finally:
+        _trace_sites = None
+
+
+def _trace_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    unknown = {name for name, given in kwargs.items() if given is not None} - _KNOWN
+    if unknown:
+        raise BaseModelError(
+            f"base: its attention uses {', '.join(sorted(unknown))}, which the paged attention does not implement"
+        )
+    if value.shape != key.shape:
+        raise BaseModelError("base: keys and values of different head sizes are not supported")
+    if _trace_sites is not None:
+        layer = int(module.layer_idx)  # type: ignore[arg-type]
+        if layer != len(_trace_sites):
+            raise BaseModelError("base: layers that share a key-value cache are not supported")
+        _trace_sites.append(AttentionSite(layer, query.shape[1], key.shape[1], key.shape[3]))
+    return query.new_zeros(query.shape).transpose(1, 2), None
+
+
+def _paged_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim]; see transformers."""
+    state: StepState = module.hotswap_state  # type: ignore[assignment]
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    layout = state.layout
+    if layout is None:
+        raise RuntimeError("a paged forward needs the runner's step state")
+    keys, values = state.key_caches[layer], state.value_caches[layer]
+    state.kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, layout)
+    out = state.kernels.paged_attention(
+        query[0].transpose(0, 1),
+        keys,
+        values,
+        layout,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out[None], None
+
+
+AttentionInterface.register(ATTENTION_NAME, _paged_attention)
+AttentionInterface.register(TRACE_NAME, _trace_attention)

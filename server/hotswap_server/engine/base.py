@@ -1,0 +1,171 @@
+"""The base model: loaded through transformers, traced once, and fitted with the engine's attention and linears."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hotswap_server.engine.attention import ATTENTION_NAME, TRACE_NAME, AttentionSite, StepState, trace_into
+from hotswap_server.engine.projection import GroupedProjection, ProjectionGroup
+from hotswap_server.errors import BaseModelError
+from hotswap_server.kernels import Kernels
+
+# Their rotation of a position depends on the longest sequence of the batch, so a request would depend on
+# its neighbours.
+_BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """A causal LM ready for the engine, with the places where adapters attach.
+
+    `projections` are the groups of linear layers inside the decoder that share an input, by their members'
+    module names; `attention` is one entry per decoder layer, in order.
+    """
+
+    model: nn.Module
+    config: Any
+    projections: tuple[ProjectionGroup, ...]
+    attention: tuple[AttentionSite, ...]
+    state: StepState
+    device: torch.device
+    dtype: torch.dtype
+    max_context: int
+    eos_token_ids: frozenset[int]
+    linear_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """(out_features, in_features) of every linear module an adapter may target, by module name."""
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.vocab_size)
+
+
+def load_base(path: Path, *, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Load a transformers directory and prepare it.
+
+    Raises:
+        BaseModelError: the directory does not hold a causal LM that the engine can serve.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise BaseModelError(f"base: transformers cannot load a causal LM from it: {error}") from error
+    return prepare_base(model.to(device), kernels=kernels)
+
+
+def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
+    """Trace `model` with two tokens, then replace its linears and its attention in place.
+
+    Raises:
+        BaseModelError: the model does not go through transformers' attention interface, or uses a feature
+            that would make a request depend on its neighbours.
+    """
+    config: Any = model.config
+    _check_supported(config)
+    model.eval().requires_grad_(False)
+    parameter = next(model.parameters())
+    linears, sites = _trace(model)
+    shapes = {name: tuple(module.weight.shape) for group in linears for name, module in group}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    names = {module: name for name, module in model.named_modules()}
+    groups = []
+    with torch.inference_mode():
+        for members in linears:
+            groups.append(_replace(model, members, kernels))
+        if isinstance(head, nn.Linear):
+            _replace(model, [(names[head], head)], kernels)
+    state = StepState(kernels)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            module.hotswap_state = state  # type: ignore[assignment]
+    model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
+    return BaseModel(
+        model=model,
+        config=config,
+        projections=tuple(groups),
+        attention=tuple(sites),
+        state=state,
+        device=parameter.device,
+        dtype=parameter.dtype,
+        max_context=int(config.max_position_embeddings),
+        eos_token_ids=_eos_token_ids(model),
+        linear_shapes=shapes,
+    )
+
+
+def _check_supported(config: Any) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    layouts = rope.values() if rope and all(isinstance(value, dict) for value in rope.values()) else [rope]
+    for layout in layouts:
+        kind = layout.get("rope_type")
+        if kind in _BATCH_DEPENDENT_ROPE:
+            raise BaseModelError(
+                f"base: rope_type {kind!r} makes a request's positions depend on the longest request of its "
+                "batch; use a base with default, linear, yarn or llama3 rotary embeddings"
+            )
+    if getattr(config, "is_encoder_decoder", False):
+        raise BaseModelError("base: an encoder-decoder cannot be served; use a decoder-only causal LM")
+
+
+def _trace(model: nn.Module) -> tuple[list[list[tuple[str, nn.Linear]]], list[AttentionSite]]:
+    """Linears of the decoder in groups that were given the very same tensor, and the attention calls in order."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    calls: list[tuple[str, nn.Linear, torch.Tensor]] = []
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+
+            def record(module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+                calls.append((name, module, args[0]))  # type: ignore[arg-type]
+
+            handles.append(module.register_forward_pre_hook(record))
+    device = next(model.parameters()).device
+    previous = model.config._attn_implementation  # type: ignore[union-attr]
+    model.set_attn_implementation(TRACE_NAME)  # type: ignore[operator]
+    try:
+        with torch.inference_mode(), trace_into() as sites, warnings.catch_warnings():
+            ids = torch.zeros(1, 2, dtype=torch.long, device=device)
+            model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        model.set_attn_implementation(previous)  # type: ignore[operator]
+    if not sites:
+        raise BaseModelError(
+            f"base: {type(model).__name__} does not use transformers' attention interface, so its key-value "
+            "cache cannot be paged; use a model that supports attn_implementation"
+        )
+    groups: list[list[tuple[str, nn.Linear]]] = []
+    shared: torch.Tensor | None = None
+    for name, module, given in calls:
+        if given is shared and groups:
+            groups[-1].append((name, module))
+        else:
+            groups.append([(name, module)])
+        shared = given
+    return groups, sites
+
+
+def _replace(model: nn.Module, members: list[tuple[str, nn.Linear]], kernels: Kernels) -> ProjectionGroup:
+    group = ProjectionGroup.build(members, kernels)
+    for index, (name, _) in enumerate(members):
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, GroupedProjection(group, index))
+    return group
+
+
+def _eos_token_ids(model: nn.Module) -> frozenset[int]:
+    generation = getattr(model, "generation_config", None)
+    ids = getattr(generation, "eos_token_id", None)
+    if ids is None:
+        ids = getattr(model.config, "eos_token_id", None)
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)

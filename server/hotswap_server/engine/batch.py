@@ -1,0 +1,137 @@
+"""The tensors of one step, in buffers that are allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Entries
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from hotswap_server.core import ScoreRequest
+from hotswap_server.engine.scheduler import Scheduled
+from hotswap_server.kernels import AttentionLayout, TokenSlots
+from hotswap_server.kernels.interface import Segment
+
+# A run of this many tokens of one adapter is worth two matrix products of its own.
+_LONG_RUN = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """`input_ids` and `position_ids` [1, tokens] int64; `logit_rows` [rows] int64 are the tokens whose logits
+    are needed, those of `entries` that produce any, in order; `rows_per_entry` counts them."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    logit_rows: torch.Tensor
+    rows_per_entry: list[int]
+    layout: AttentionLayout
+    slots: dict[str, TokenSlots]
+
+
+class BatchBuilder:
+    """Fills the same host buffers every step and copies them to the device's, where it is another."""
+
+    def __init__(
+        self, *, max_tokens: int, max_sequences: int, max_pages: int, page_size: int, device: torch.device
+    ) -> None:
+        self._page_size = page_size
+        self._device = device
+        self._ids = np.zeros(max_tokens, np.int64)
+        self._positions = np.zeros(max_tokens, np.int64)
+        self._pages = np.zeros(max_tokens, np.int64)
+        self._offsets = np.zeros(max_tokens, np.int64)
+        self._slots = np.zeros(max_tokens, np.int32)
+        self._context = np.zeros(max_sequences, np.int32)
+        self._tables = np.zeros((max_sequences, max_pages), np.int32)
+
+    def build(self, entries: Entries[Scheduled]) -> StepInputs:
+        """Lay out `entries`, single tokens first, one after another."""
+        starts = [0]
+        rows: list[int] = []
+        rows_per_entry: list[int] = []
+        for index, entry in enumerate(entries):
+            sequence, start = entry.sequence, starts[-1]
+            first, stop = sequence.num_computed, sequence.num_computed + entry.num_new
+            span = slice(start, start + entry.num_new)
+            self._ids[span] = sequence.token_ids[first:stop]
+            table = self._tables[index]
+            table[: len(sequence.pages)] = sequence.pages
+            if entry.num_new == 1:
+                self._positions[start] = first
+                self._pages[start] = sequence.pages[first // self._page_size]
+                self._offsets[start] = first % self._page_size
+            else:
+                positions = np.arange(first, stop)
+                self._positions[span] = positions
+                self._pages[span] = table[positions // self._page_size]
+                self._offsets[span] = positions % self._page_size
+            self._context[index] = stop
+            wanted = _logit_positions(entry)
+            rows.extend(range(start + wanted.start - first, start + wanted.stop - first))
+            rows_per_entry.append(len(wanted))
+            starts.append(span.stop)
+        tokens = starts[-1]
+        layout = AttentionLayout(
+            num_decode=sum(entry.num_new == 1 for entry in entries),
+            query_starts=starts,
+            context_lengths=self._context[: len(entries)].tolist(),
+            context=self._tensor(self._context[: len(entries)]),
+            block_table=self._tensor(self._tables[: len(entries)]),
+            token_pages=self._tensor(self._pages[:tokens]),
+            token_offsets=self._tensor(self._offsets[:tokens]),
+        )
+        return StepInputs(
+            input_ids=self._tensor(self._ids[:tokens])[None],
+            position_ids=self._tensor(self._positions[:tokens])[None],
+            logit_rows=torch.tensor(rows, dtype=torch.long, device=self._device),
+            rows_per_entry=rows_per_entry,
+            layout=layout,
+            slots=self._token_slots(entries, starts),
+        )
+
+    def _token_slots(self, entries: Entries[Scheduled], starts: list[int]) -> dict[str, TokenSlots]:
+        result: dict[str, TokenSlots] = {}
+        methods = {entry.sequence.method for entry in entries if entry.sequence.slot is not None}
+        for method in methods:
+            index = np.full(starts[-1], -1, np.int32)
+            for entry, start in zip(entries, starts, strict=False):
+                if entry.sequence.slot is not None and entry.sequence.method == method:
+                    index[start : start + entry.num_new] = entry.sequence.slot
+            result[method] = token_slots(index, self._device)
+        return result
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        host = torch.from_numpy(array)
+        return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)
+
+
+def token_slots(index: np.ndarray, device: torch.device) -> TokenSlots:
+    """`index` [tokens] int32 with its long runs split off."""
+    bounds = np.flatnonzero(np.diff(index)) + 1
+    edges = [0, *bounds.tolist(), len(index)]
+    long = tuple(
+        Segment(start, stop, int(index[start]))
+        for start, stop in zip(edges, edges[1:], strict=False)
+        if stop - start >= _LONG_RUN and index[start] >= 0
+    )
+    rest = index.copy() if long else index
+    for segment in long:
+        rest[segment.start : segment.stop] = -1
+    return TokenSlots(
+        index=torch.from_numpy(index).to(device),
+        rest=torch.from_numpy(rest).to(device) if (rest >= 0).any() else None,
+        long=long,
+    )
+
+
+def _logit_positions(entry: Scheduled) -> range:
+    """The positions, among those this step computes, whose next-token distribution is needed."""
+    sequence = entry.sequence
+    first, stop = sequence.num_computed, sequence.num_computed + entry.num_new
+    if isinstance(sequence.request, ScoreRequest):
+        return range(
+            max(first, sequence.request.score_from - 1), max(first, min(stop, sequence.num_tokens - 1))
+        )
+    return range(stop - 1, stop) if stop == sequence.num_tokens else range(stop, stop)

@@ -1,0 +1,412 @@
+"""The engine: one thread that plans a step, runs it and hands out what it gave."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+import torch
+
+from hotswap_server.core import (
+    AdapterRef,
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerateRequest,
+    Scored,
+    ScoreRequest,
+)
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.batch import BatchBuilder
+from hotswap_server.engine.detokenizer import Detokenizer
+from hotswap_server.engine.kv_cache import PagedKVCache
+from hotswap_server.engine.observer import EngineObserver, NullObserver, RequestRecord, StepRecord
+from hotswap_server.engine.runner import ModelRunner
+from hotswap_server.engine.sampler import Sampled, SamplingRow, describe_logprob, sample
+from hotswap_server.engine.scheduler import AdapterResidency, Plan, Scheduled, Scheduler
+from hotswap_server.engine.sequence import EventSink, Sequence, Stage
+from hotswap_server.errors import (
+    AdapterUnloadedError,
+    CapacityError,
+    DrainingError,
+    EngineError,
+    InvalidRequestError,
+    OverloadedError,
+)
+
+_log = structlog.get_logger(__name__)
+
+Post = Callable[[list[tuple[EventSink, Event]]], None]
+"""Delivers the events of one step."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Limits fixed at start. Sizes are in tokens, sequences or bytes as their names say."""
+
+    max_batch_size: int = 64
+    max_batch_tokens: int = 512
+    page_size: int = 16
+    kv_cache_bytes: int = 2**30
+    max_context: int | None = None
+    max_queue: int = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A moment's counts."""
+
+    running: int
+    waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+    preemptions: int
+
+
+def deliver(events: list[tuple[EventSink, Event]]) -> None:
+    """Call every sink here and now."""
+    for sink, event in events:
+        sink(event)
+
+
+class Engine:
+    """Decodes requests of any adapter together. `submit` and `cancel` may be called from any thread."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        tokenizer: Any,
+        adapters: AdapterResidency,
+        options: EngineOptions | None = None,
+        *,
+        post: Post = deliver,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        options = options or EngineOptions()
+        page_bytes = PagedKVCache.bytes_per_page(base.attention, options.page_size, base.dtype)
+        num_pages = options.kv_cache_bytes // page_bytes
+        if num_pages < 1:
+            raise InvalidRequestError("kv_cache_bytes", f"must hold at least one page of {page_bytes} bytes")
+        self.base = base
+        self.tokenizer = tokenizer
+        self.options = options
+        self.cache = PagedKVCache(
+            base.attention,
+            num_pages=num_pages,
+            page_size=options.page_size,
+            dtype=base.dtype,
+            device=base.device,
+        )
+        asked = options.max_context or base.max_context
+        self.max_context = min(asked, base.max_context, num_pages * options.page_size)
+        """Tokens that one request may have, prompt and output together."""
+        self._scheduler = Scheduler(
+            self.cache,
+            adapters,
+            max_batch_size=options.max_batch_size,
+            max_batch_tokens=options.max_batch_tokens,
+        )
+        self._builder = BatchBuilder(
+            max_tokens=options.max_batch_tokens,
+            max_sequences=options.max_batch_size,
+            max_pages=self.cache.pages_for(self.max_context),
+            page_size=options.page_size,
+            device=base.device,
+        )
+        self._runner = ModelRunner(base, self.cache)
+        self._post = post
+        self._observer = observer or NullObserver()
+        self._sequences: dict[str, Sequence] = {}
+        self._inbox: deque[Sequence | str | AdapterRef] = (
+            deque()
+        )  # new ones, ids to cancel, adapters to leave
+        self._changed = threading.Condition()
+        self._draining = False
+        self._stopping = False
+        self._woken = False
+        self._outbox: list[tuple[EventSink, Event]] = []
+        self._thread = threading.Thread(target=self._loop, name="hotswap-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; those inside go on."""
+        with self._changed:
+            self._draining = True
+
+    def stop(self) -> None:
+        """End the thread. Requests that are still inside fail with `DrainingError`."""
+        with self._changed:
+            self._draining = self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def wake(self) -> None:
+        """Something outside has changed, an adapter was loaded for one: plan again."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify()
+
+    def submit(self, request: GenerateRequest | ScoreRequest, sink: EventSink) -> None:
+        """Queue a request; its events go to `sink` through `post`.
+
+        Raises:
+            InvalidRequestError: the prompt is empty, too long, or holds a token outside the vocabulary.
+            OverloadedError: the queue is full.
+            DrainingError: the engine takes no more requests.
+        """
+        sequence = self._sequence(request, sink)
+        with self._changed:
+            if self._draining:
+                raise DrainingError("the server is shutting down; send the request to another one")
+            if len(self._scheduler.waiting) + len(self._inbox) >= self.options.max_queue:
+                raise OverloadedError(f"{self.options.max_queue} requests are waiting already; retry later")
+            self._inbox.append(sequence)
+            self._changed.notify()
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request at the next step; it gets no further event. Unknown ids are ignored."""
+        with self._changed:
+            self._inbox.append(request_id)
+            self._changed.notify()
+
+    def cancel_adapter(self, ref: AdapterRef) -> None:
+        """Fail every request that uses `ref` at the next step, with `AdapterUnloadedError`."""
+        with self._changed:
+            self._inbox.append(ref)
+            self._changed.notify()
+
+    def stats(self) -> EngineStats:
+        pages = self.cache.pages
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting) + len(self._inbox),
+            kv_pages_used=pages.num_used,
+            kv_pages_total=pages.num_pages,
+            preemptions=self._scheduler.num_preemptions,
+        )
+
+    @property
+    def idle(self) -> bool:
+        return not self._sequences and not self._inbox
+
+    def _sequence(self, request: GenerateRequest | ScoreRequest, sink: EventSink) -> Sequence:
+        length, limit = len(request.prompt_ids), self.max_context
+        if length == 0:
+            raise InvalidRequestError("prompt", "must hold at least one token")
+        room = 0 if isinstance(request, ScoreRequest) else 1
+        if length + room > limit:
+            raise InvalidRequestError(
+                "prompt", f"has {length} tokens; this server takes {limit - room} at most. Shorten it"
+            )
+        bad = next((token for token in request.prompt_ids if not 0 <= token < self.base.vocab_size), None)
+        if bad is not None:
+            raise InvalidRequestError(
+                "token_ids", f"{bad} is outside the vocabulary of {self.base.vocab_size}"
+            )
+        if isinstance(request, ScoreRequest):
+            if not 1 <= request.score_from < length:
+                raise InvalidRequestError(
+                    "text", "must hold a token to score after the first one or the context"
+                )
+            return Sequence(request, sink, max_new_tokens=0)
+        asked = request.sampling.max_new_tokens
+        most = limit - length
+        return Sequence(
+            request,
+            sink,
+            max_new_tokens=most if asked is None else min(asked, most),
+            detokenizer=Detokenizer(self.tokenizer, request.sampling.stop),
+        )
+
+    def _loop(self) -> None:
+        with torch.inference_mode():
+            while True:
+                with self._changed:
+                    if self._stopping:
+                        break
+                    self._woken = False
+                    self._take_messages()
+                plan = self._scheduler.schedule()
+                for sequence, error in plan.failed:
+                    self._fail(sequence, error)
+                if plan.batch:
+                    self._step(plan)
+                self._flush()
+                if not plan.batch:
+                    with self._changed:
+                        self._changed.wait_for(lambda: self._inbox or self._woken or self._stopping)
+        for sequence in list(self._sequences.values()):
+            self._fail(sequence, DrainingError("the server shut down before the request was finished"))
+        for message in self._inbox:
+            if isinstance(message, Sequence):
+                self._outbox.append((message.sink, Failed(DrainingError("the server shut down"))))
+        self._flush()
+
+    def _take_messages(self) -> None:
+        while self._inbox:
+            message = self._inbox.popleft()
+            if isinstance(message, Sequence):
+                self._sequences[message.id] = message
+                self._scheduler.add(message)
+            elif isinstance(message, AdapterRef):
+                for sequence in [s for s in self._sequences.values() if s.request.adapter == message]:
+                    self._fail(
+                        sequence, AdapterUnloadedError(f"{message} was unloaded while the request ran")
+                    )
+            elif (sequence := self._sequences.pop(message, None)) is not None:
+                self._scheduler.remove(sequence)
+
+    def _step(self, plan: Plan) -> None:
+        started = time.perf_counter()
+        try:
+            inputs = self._builder.build(plan.batch)
+            logits = self._runner.run(inputs)
+            self._collect(plan.batch, inputs.rows_per_entry, logits)
+        except Exception:
+            _log.exception("step_failed", batch_size=len(plan.batch))
+            error = EngineError("the engine failed while it computed this request; see the server's log")
+            for entry in plan.batch:
+                if entry.sequence.id in self._sequences:
+                    self._fail(entry.sequence, error)
+            return
+        decode = sum(entry.num_new == 1 for entry in plan.batch)
+        adapters = {entry.sequence.request.adapter for entry in plan.batch} - {None}
+        stats = self.stats()
+        self._observer.step(
+            StepRecord(
+                seconds=time.perf_counter() - started,
+                num_prefill_tokens=sum(entry.num_new for entry in plan.batch) - decode,
+                num_decode_tokens=decode,
+                batch_size=len(plan.batch),
+                distinct_adapters=len(adapters),
+                running=stats.running,
+                waiting=stats.waiting,
+                kv_pages_used=stats.kv_pages_used,
+                kv_pages_total=stats.kv_pages_total,
+            )
+        )
+
+    def _collect(self, batch: list[Scheduled], rows_per_entry: list[int], logits: torch.Tensor) -> None:
+        offset = 0
+        sampling_rows: list[SamplingRow] = []
+        indices: list[int] = []
+        generating: list[Sequence] = []
+        for entry, count in zip(batch, rows_per_entry, strict=True):
+            sequence = entry.sequence
+            first = sequence.num_computed
+            sequence.num_computed += entry.num_new
+            if isinstance(sequence.request, ScoreRequest):
+                self._score(sequence, sequence.request, first, logits[offset : offset + count])
+            elif count:
+                indices.append(offset)
+                generating.append(sequence)
+                sampling_rows.append(
+                    SamplingRow(sequence.sampling, sequence.seed, sequence.num_generated, sequence.token_ids)
+                )
+            offset += count
+        chosen = sample(logits if len(indices) == offset else logits[indices], sampling_rows)
+        for sequence, sampled in zip(generating, chosen, strict=True):
+            if sampled is None:
+                self._fail(
+                    sequence, EngineError(f"adapter {sequence.request.adapter or 'base'} gave NaN logits")
+                )
+            else:
+                self._append(sequence, sampled)
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        now = time.perf_counter()
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+        elif sequence.last_token_at is not None:
+            sequence.inter_token.append(now - sequence.last_token_at)
+        sequence.last_token_at = now
+        sequence.enter(Stage.DECODE)
+        token = sampled.token_id
+        sequence.token_ids.append(token)
+        params, detokenizer = sequence.sampling, sequence.detokenizer
+        if detokenizer is None:
+            raise RuntimeError("a generation has a detokenizer")
+        stop_token = token in params.stop_token_ids or (
+            not params.ignore_eos and token in self.base.eos_token_ids
+        )
+        text, found = ("", False) if stop_token else detokenizer.add(token)
+        reason: FinishReason | None = None
+        if stop_token:
+            reason = FinishReason.STOP_TOKEN
+        elif found:
+            reason = FinishReason.STOP_STRING
+        elif sequence.num_generated >= sequence.max_new_tokens:
+            reason = FinishReason.LENGTH
+        if reason is not None and not found:
+            text += detokenizer.finish()
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        self._outbox.append((sequence.sink, Delta((token,), text, logprobs)))
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _score(self, sequence: Sequence, request: ScoreRequest, first: int, logits: torch.Tensor) -> None:
+        position = max(first, request.score_from - 1)
+        for row in logits:
+            target = request.prompt_ids[position + 1]
+            sequence.scored.append(describe_logprob(row.log_softmax(dim=-1), target, request.top_logprobs))
+            position += 1
+        if sequence.num_uncomputed == 0:
+            self._end(sequence)
+            scored = Scored(
+                tuple(sequence.scored), sequence.num_prompt_tokens, sequence.path, sequence.timings
+            )
+            self._outbox.append((sequence.sink, scored))
+            self._record(sequence, None, None)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._end(sequence)
+        finished = Finished(
+            finish_reason=reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_generated_tokens=sequence.num_generated,
+            path=sequence.path,
+            timings=sequence.timings,
+        )
+        self._outbox.append((sequence.sink, finished))
+        self._record(sequence, reason, None)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        self._end(sequence)
+        self._outbox.append((sequence.sink, Failed(error)))
+        self._record(sequence, None, error)
+
+    def _end(self, sequence: Sequence) -> None:
+        sequence.enter(Stage.DECODE)
+        self._scheduler.remove(sequence)
+        self._sequences.pop(sequence.id, None)
+
+    def _record(self, sequence: Sequence, reason: FinishReason | None, error: Exception | None) -> None:
+        first = sequence.first_token_at
+        self._observer.finished(
+            RequestRecord(
+                method=sequence.method,
+                path=sequence.path,
+                finish_reason=reason,
+                error=error,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_generated_tokens=sequence.num_generated,
+                timings=sequence.timings,
+                ttft=None if first is None else first - sequence.arrived,
+                inter_token=tuple(sequence.inter_token),
+            )
+        )
+
+    def _flush(self) -> None:
+        if self._outbox:
+            events, self._outbox = self._outbox, []
+            self._post(events)

@@ -1,0 +1,57 @@
+"""What the engine tells to whoever measures it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from hotswap_server.core import FinishReason, ServingPath, Timings
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step: `seconds` of wall time, what ran in it, and what was left when it ended."""
+
+    seconds: float
+    num_prefill_tokens: int
+    num_decode_tokens: int
+    batch_size: int
+    distinct_adapters: int
+    running: int
+    waiting: int
+    kv_pages_used: int
+    kv_pages_total: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request that ended. Exactly one of `finish_reason` and `error` is set, or neither for a score.
+
+    `ttft` is the time in seconds from arrival to the first token, `inter_token` the gaps between later ones.
+    """
+
+    method: str
+    path: ServingPath
+    finish_reason: FinishReason | None
+    error: Exception | None
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    timings: Timings
+    ttft: float | None
+    inter_token: tuple[float, ...]
+
+
+class EngineObserver(Protocol):
+    """Called on the engine thread, so it must be quick."""
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def finished(self, record: RequestRecord) -> None: ...
+
+
+class NullObserver:
+    """Measures nothing."""
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def finished(self, record: RequestRecord) -> None: ...

@@ -1,0 +1,78 @@
+"""The base's linear layers, grouped by shared input: one matrix product and one adapter pass per group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from hotswap_server.kernels import Kernels, Projection
+
+
+class ProjectionDelta(Protocol):
+    """What a method adds to a group's output, in place: x [tokens, in_features], out [tokens, sum of widths]."""
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
+class ProjectionGroup:
+    """Projections that read the same tensor, such as q, k and v: their weights are stacked into one."""
+
+    def __init__(
+        self, names: Sequence[str], widths: Sequence[int], in_features: int, projection: Projection
+    ) -> None:
+        self.names = tuple(names)
+        self.widths = tuple(widths)
+        self.offsets = tuple(sum(widths[:index]) for index in range(len(widths)))
+        self.in_features = in_features
+        self.projection = projection
+        self.deltas: list[ProjectionDelta] = []
+        self._given: torch.Tensor | None = None
+        self._out: torch.Tensor | None = None
+
+    @classmethod
+    def build(cls, members: Sequence[tuple[str, nn.Linear]], kernels: Kernels) -> ProjectionGroup:
+        weight = torch.cat([linear.weight for _, linear in members])
+        bias = None
+        if any(linear.bias is not None for _, linear in members):
+            bias = torch.cat(
+                [
+                    linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
+                    for _, linear in members
+                ]
+            )
+        widths = [linear.out_features for _, linear in members]
+        projection = kernels.projection(weight, bias)
+        return cls([name for name, _ in members], widths, weight.shape[1], projection)
+
+    def project(self, x: torch.Tensor, member: int) -> torch.Tensor:
+        """The output of one member. The first to see a tensor computes all; the last forgets it."""
+        if x is not self._given or self._out is None:
+            rows = x.reshape(-1, self.in_features)
+            out = self.projection(rows)
+            for delta in self.deltas:
+                delta(rows, out)
+            self._given, self._out = x, out.view(*x.shape[:-1], out.shape[-1])
+        out = self._out
+        if member == len(self.names) - 1:
+            self._given = self._out = None
+        if len(self.names) == 1:
+            return out
+        start = self.offsets[member]
+        return out[..., start : start + self.widths[member]]
+
+
+class GroupedProjection(nn.Module):
+    """Stands where an `nn.Linear` of the base stood."""
+
+    def __init__(self, group: ProjectionGroup, member: int) -> None:
+        super().__init__()
+        self.group = group
+        self.member = member
+        self.in_features = group.in_features
+        self.out_features = group.widths[member]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.group.project(x, self.member)

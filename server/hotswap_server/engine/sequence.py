@@ -1,0 +1,113 @@
+"""A request on its way through the engine."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from hotswap_server.core import (
+    BASE_METHOD,
+    Event,
+    GenerateRequest,
+    SamplingParams,
+    ScoreRequest,
+    ServingPath,
+    Timings,
+    TokenLogprob,
+)
+from hotswap_server.engine.detokenizer import Detokenizer
+
+EventSink = Callable[[Event], None]
+
+_SCORE_SAMPLING = SamplingParams(max_new_tokens=1, temperature=0.0)
+
+
+class Stage(Enum):
+    """What a sequence is waiting for or doing; the time in each is reported."""
+
+    QUEUED = auto()
+    LOADING = auto()
+    PREFILL = auto()
+    DECODE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, pages and progress of one request. Only the engine thread touches it after submission."""
+
+    request: GenerateRequest | ScoreRequest
+    sink: EventSink
+    max_new_tokens: int
+    detokenizer: Detokenizer | None = None
+    token_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0  # tokens whose keys and values are in pages
+    pages: list[int] = field(default_factory=list)
+    slot: int | None = None  # the adapter's, held until the request ends
+    seed: int = 0
+    scored: list[TokenLogprob] = field(default_factory=list)
+    timings: Timings = field(default_factory=Timings)
+    arrived: float = field(default_factory=time.perf_counter)
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    inter_token: list[float] = field(default_factory=list)
+    _stage: Stage = Stage.QUEUED
+    _stage_since: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+        given = self.sampling.seed
+        self.seed = secrets.randbits(63) if given is None else given
+
+    @property
+    def id(self) -> str:
+        return self.request.id
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling if isinstance(self.request, GenerateRequest) else _SCORE_SAMPLING
+
+    @property
+    def is_score(self) -> bool:
+        return isinstance(self.request, ScoreRequest)
+
+    @property
+    def method(self) -> str:
+        return BASE_METHOD if self.request.adapter is None else self.request.adapter.method
+
+    @property
+    def path(self) -> ServingPath:
+        return ServingPath.BASE if self.request.adapter is None else ServingPath.BATCHED
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+    def enter(self, stage: Stage) -> None:
+        """Close the account of the present stage and open the next one's."""
+        now = time.perf_counter()
+        spent = now - self._stage_since
+        match self._stage:
+            case Stage.QUEUED:
+                self.timings.queue += spent
+            case Stage.LOADING:
+                self.timings.load += spent
+            case Stage.PREFILL:
+                self.timings.prefill += spent
+            case Stage.DECODE:
+                self.timings.decode += spent
+        self._stage, self._stage_since = stage, now

@@ -1,0 +1,119 @@
+"""The engine as asyncio code sees it: an iterator of events per request."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.core import Delta, Event, Failed, Finished, GenerateRequest, Scored, ScoreRequest
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.engine import Engine, EngineOptions, EngineStats, deliver
+from hotswap_server.engine.observer import EngineObserver
+from hotswap_server.engine.sequence import EventSink
+
+_DRAIN_POLL_S = 0.02
+
+
+class EngineService:
+    """Runs an engine for the event loop that makes it, and closes it with its adapters."""
+
+    def __init__(
+        self,
+        base: BaseModel,
+        tokenizer: Any,
+        adapters: AdapterManager,
+        options: EngineOptions | None = None,
+        *,
+        observer: EngineObserver | None = None,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._engine = Engine(base, tokenizer, adapters, options, post=self._post, observer=observer)
+        self.adapters = adapters
+        adapters.on_change = self._engine.wake
+        adapters.cancel_users = self._engine.cancel_adapter
+        self._engine.start()
+
+    @property
+    def base(self) -> BaseModel:
+        return self._engine.base
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._engine.tokenizer
+
+    @property
+    def max_context(self) -> int:
+        """Tokens that one request may have, prompt and output together."""
+        return self._engine.max_context
+
+    def stats(self) -> EngineStats:
+        return self._engine.stats()
+
+    async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta | Finished]:
+        """Deltas as they come, then one `Finished`. Leaving the iterator cancels the request.
+
+        Raises:
+            HotswapError: what `Engine.submit` raises, or what ended the request.
+        """
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        self._engine.submit(request, events.put_nowait)
+        ended = False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = not isinstance(event, Delta)
+                if isinstance(event, Failed):
+                    raise event.error
+                if isinstance(event, Delta | Finished):
+                    yield event
+        finally:
+            if not ended:
+                self._engine.cancel(request.id)
+
+    async def score(self, request: ScoreRequest) -> Scored:
+        """The log-probabilities of a text.
+
+        Raises:
+            HotswapError: what `Engine.submit` raises, or what ended the request.
+        """
+        future: asyncio.Future[Event] = self._loop.create_future()
+        sink: EventSink = _first_result(future)
+        self._engine.submit(request, sink)
+        try:
+            event = await future
+        except asyncio.CancelledError:
+            self._engine.cancel(request.id)
+            raise
+        if isinstance(event, Failed):
+            raise event.error
+        if not isinstance(event, Scored):
+            raise RuntimeError(f"a score ended with {type(event).__name__}")
+        return event
+
+    async def drain(self, timeout: float) -> None:
+        """Refuse new requests and wait, `timeout` seconds at most, until those inside are done."""
+        self._engine.drain()
+        deadline = time.monotonic() + timeout
+        while not self._engine.idle and time.monotonic() < deadline:
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    def close(self) -> None:
+        """End the engine, failing what is left in it with `DrainingError`, and the loading of adapters."""
+        self._engine.stop()
+        self.adapters.close()
+
+    def _post(self, events: list[tuple[EventSink, Event]]) -> None:
+        # One call a step: each wakes the loop through a pipe.
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(deliver, events)
+
+
+def _first_result(future: asyncio.Future[Event]) -> Callable[[Event], None]:
+    def settle(event: Event) -> None:
+        if not future.done():
+            future.set_result(event)
+
+    return settle

@@ -1,0 +1,177 @@
+"""CPU kernels: the compiled C ones in float32, and oneDNN's prepacked linears where there is no compiler."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from hotswap_server.kernels.interface import AttentionLayout, GroupedLora, Projection, TokenSlots
+from hotswap_server.kernels.reference import ReferenceKernels, attend_sequence, gather_sequence, lora_segment
+
+_PANEL = 16  # output features per packed panel, as in native.h
+_MAX_HEAD_DIM = 512  # attention.c's accumulator
+_PACK_BATCH_HINT = 16  # oneDNN picks a weight layout for this many rows
+
+
+class PanelProjection:
+    """The weight in panels [out_features / 16, in_features, 16], read by linear.c."""
+
+    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._library = library
+        self.out_features, self.in_features = weight.shape
+        panels = -(-self.out_features // _PANEL)
+        padded = weight.new_zeros(panels * _PANEL, self.in_features)
+        padded[: self.out_features] = weight
+        self._panels = padded.view(panels, _PANEL, self.in_features).transpose(1, 2).contiguous()
+        self._bias = None
+        if bias is not None:
+            self._bias = bias.new_zeros(panels * _PANEL)
+            self._bias[: self.out_features] = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()
+        out = x.new_empty(x.shape[0], self.out_features)
+        self._library.hotswap_linear(
+            x.data_ptr(),
+            self._panels.data_ptr(),
+            None if self._bias is None else self._bias.data_ptr(),
+            out.data_ptr(),
+            x.shape[0],
+            self.out_features,
+            self.in_features,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def weight(self) -> torch.Tensor:
+        return self._panels.transpose(1, 2).reshape(-1, self.in_features)[: self.out_features]
+
+
+class OneDnnProjection:
+    """oneDNN's own packed layout through `torch.ops.mkldnn`; the values are unchanged."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACK_BATCH_HINT)
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self._bias, "none", [], "")
+        return out
+
+    def weight(self) -> torch.Tensor:
+        return self._packed.to_dense()
+
+
+class OneDnnKernels(ReferenceKernels):
+    """The reference with prepacked linears."""
+
+    name = "onednn"
+
+    def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+        return OneDnnProjection(weight, bias)
+
+
+class NativeKernels(ReferenceKernels):
+    """The C kernels for single query tokens and short runs; matrix products for long ones."""
+
+    name = "native"
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+        return PanelProjection(self._library, weight, bias)
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        layout: AttentionLayout,
+    ) -> None:
+        for given, cache in ((key, key_cache), (value, value_cache)):
+            given = given if given.stride(2) == 1 else given.contiguous()
+            self._library.hotswap_write_cache(
+                given.data_ptr(),
+                given.stride(0),
+                given.stride(1),
+                cache.data_ptr(),
+                layout.token_pages.data_ptr(),
+                layout.token_offsets.data_ptr(),
+                given.shape[0],
+                *cache.shape[1:],
+            )
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        layout: AttentionLayout,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        tokens, heads, head_dim = query.shape
+        out = query.new_empty(tokens, heads, head_dim)
+        decode = layout.num_decode if head_dim <= _MAX_HEAD_DIM else 0
+        if decode:
+            if query.stride(2) != 1:
+                query = query.contiguous()
+            self._library.hotswap_paged_attention(
+                query.data_ptr(),
+                query.stride(0),
+                query.stride(1),
+                key_cache.data_ptr(),
+                value_cache.data_ptr(),
+                layout.block_table.data_ptr(),
+                layout.block_table.stride(0),
+                layout.context.data_ptr(),
+                out.data_ptr(),
+                decode,
+                heads,
+                key_cache.shape[1],
+                head_dim,
+                key_cache.shape[2],
+                window or 0,
+                scale,
+                softcap or 0.0,
+                torch.get_num_threads(),
+            )
+        for sequence in range(decode, len(layout.context_lengths)):
+            start, stop = layout.query_starts[sequence], layout.query_starts[sequence + 1]
+            keys, values = gather_sequence(key_cache, value_cache, layout, sequence)
+            out[start:stop] = attend_sequence(
+                query[start:stop], keys, values, scale=scale, window=window, softcap=softcap
+            )
+        return out
+
+    def lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots, out: torch.Tensor) -> None:
+        for segment in slots.long:
+            lora_segment(x, bank, segment, out)
+        if slots.rest is None:
+            return
+        members = len(bank.b)
+        tables = (ctypes.c_void_p * members)(*(table.data_ptr() for table in bank.b))
+        widths = (ctypes.c_int32 * members)(*bank.widths)
+        offsets = (ctypes.c_int32 * members)(*bank.offsets)
+        x = x.contiguous()
+        self._library.hotswap_lora(
+            x.data_ptr(),
+            bank.a.data_ptr(),
+            tables,
+            slots.rest.data_ptr(),
+            bank.ranks.data_ptr(),
+            widths,
+            offsets,
+            out.data_ptr(),
+            x.shape[0],
+            members,
+            bank.a.shape[2],
+            bank.a.shape[3],
+            out.stride(0),
+            torch.get_num_threads(),
+        )

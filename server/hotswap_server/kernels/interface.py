@@ -1,0 +1,132 @@
+"""What a set of kernels offers, and the tensors it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Tokens `[start, stop)` of the batch that use `slot` of a bank."""
+
+    start: int
+    stop: int
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSlots:
+    """Which row of one method's bank each token uses.
+
+    `index` is [tokens] int32, -1 where the token has no adapter of this method. `long` are runs of tokens that
+    pay for a matrix product of their own; `rest` is `index` without them (-1 there), None when nothing remains.
+    """
+
+    index: torch.Tensor
+    rest: torch.Tensor | None
+    long: tuple[Segment, ...]
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All runs of equal slots, for references that loop."""
+        slots: list[int] = self.index.tolist()
+        runs: list[Segment] = []
+        start = 0
+        for stop in range(1, len(slots) + 1):
+            if stop == len(slots) or slots[stop] != slots[start]:
+                if slots[start] >= 0:
+                    runs.append(Segment(start, stop, slots[start]))
+                start = stop
+        return runs
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedLora:
+    """The LoRA bank of projections that share one input.
+
+    `a` [slots, members, max_rank, in_features]; `b`, one per member, [slots, max_rank, out_features], already
+    multiplied by the scaling; `ranks` [slots, members] int32, 0 where an adapter leaves a member alone. Rows
+    beyond a rank are uninitialised and must not be read. `offsets` are the members' columns in the output.
+    """
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    ranks: torch.Tensor
+    widths: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLayout:
+    """Where the sequences of a step are.
+
+    The first `num_decode` sequences have one query token each, and those tokens come first in the batch.
+    `block_table` [sequences, max_pages] int32; `context` [sequences] int32 counts the tokens a sequence's last
+    query sees, itself included; `query_starts` has the sequences' first token and the end, as Python ints.
+    `token_pages` and `token_offsets` [tokens] int64 say where the keys and values of the new tokens go.
+    """
+
+    num_decode: int
+    query_starts: Sequence[int]
+    context_lengths: Sequence[int]
+    context: torch.Tensor
+    block_table: torch.Tensor
+    token_pages: torch.Tensor
+    token_offsets: torch.Tensor
+
+
+class Projection(Protocol):
+    """A linear layer prepared for inference: x [tokens, in_features] -> [tokens, out_features]."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+    def weight(self) -> torch.Tensor:
+        """The weight [out_features, in_features], bit for bit as it was given."""
+        ...
+
+
+class Kernels(Protocol):
+    """The operations that differ between devices."""
+
+    name: str
+
+    def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+        """Prepare `weight` [out_features, in_features]; the caller may free it afterwards."""
+        ...
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        layout: AttentionLayout,
+    ) -> None:
+        """Put `key` and `value` [tokens, kv_heads, head_dim] into their pages."""
+        ...
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        layout: AttentionLayout,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """Causal attention of `query` [tokens, heads, head_dim] over pages that already hold the new tokens.
+
+        Caches are [pages, kv_heads, page_size, head_dim]. `window` tokens are seen at most, itself included.
+        Returns [tokens, heads, head_dim].
+        """
+        ...
+
+    def lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots, out: torch.Tensor) -> None:
+        """Add each token's low-rank update of `x` [tokens, in_features] to `out` [tokens, sum of widths]."""
+        ...

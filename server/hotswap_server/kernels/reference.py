@@ -1,0 +1,130 @@
+"""The torch form of every kernel: for any device and dtype, and the twin that faster forms are tested against."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from hotswap_server.kernels.interface import AttentionLayout, GroupedLora, Projection, Segment, TokenSlots
+
+
+class PlainProjection:
+    """`F.linear` over the weight as it is."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        self._weight = weight
+        self._bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+    def weight(self) -> torch.Tensor:
+        return self._weight
+
+
+class ReferenceKernels:
+    """Loops over sequences and adapters in Python: clear, and slow."""
+
+    name = "reference"
+
+    def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
+        return PlainProjection(weight, bias)
+
+    def write_cache(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        layout: AttentionLayout,
+    ) -> None:
+        key_cache[layout.token_pages, :, layout.token_offsets] = key
+        value_cache[layout.token_pages, :, layout.token_offsets] = value
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        key_cache: torch.Tensor,
+        value_cache: torch.Tensor,
+        layout: AttentionLayout,
+        *,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        out = torch.empty_like(query)
+        for sequence in range(len(layout.context_lengths)):
+            start, stop = layout.query_starts[sequence], layout.query_starts[sequence + 1]
+            out[start:stop] = attend_sequence(
+                query[start:stop],
+                *gather_sequence(key_cache, value_cache, layout, sequence),
+                scale=scale,
+                window=window,
+                softcap=softcap,
+            )
+        return out
+
+    def lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots, out: torch.Tensor) -> None:
+        for segment in slots.segments:
+            lora_segment(x, bank, segment, out)
+
+
+def gather_sequence(
+    key_cache: torch.Tensor, value_cache: torch.Tensor, layout: AttentionLayout, sequence: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A sequence's keys and values, each [kv_heads, context, head_dim], copied out of its pages."""
+    length = layout.context_lengths[sequence]
+    page_size = key_cache.shape[2]
+    pages = layout.block_table[sequence, : -(-length // page_size)]
+
+    def gather(cache: torch.Tensor) -> torch.Tensor:
+        return cache[pages].transpose(0, 1).flatten(1, 2)[:, :length]
+
+    return gather(key_cache), gather(value_cache)
+
+
+def attend_sequence(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Causal attention of the last `query` [tokens, heads, head_dim] positions over [kv_heads, context, head_dim]."""
+    num_queries, context = query.shape[0], keys.shape[1]
+    past = context - num_queries
+    whole = past == 0 and (window is None or window >= context)
+    mask = None
+    if not whole:
+        positions = torch.arange(past, context, device=query.device)[:, None]
+        seen = torch.arange(context, device=query.device)[None, :]
+        mask = seen <= positions
+        if window is not None:
+            mask &= seen > positions - window
+    q = query.transpose(0, 1)
+    if softcap is None:
+        attended = F.scaled_dot_product_attention(
+            q[None], keys[None], values[None], attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=True
+        )[0]
+        return attended.transpose(0, 1)
+    group = q.shape[0] // keys.shape[0]
+    scores = q @ keys.repeat_interleave(group, dim=0).transpose(1, 2) * scale
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is None:
+        mask = torch.ones(num_queries, context, dtype=torch.bool, device=query.device).tril()
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ values.repeat_interleave(group, dim=0)).transpose(0, 1)
+
+
+def lora_segment(x: torch.Tensor, bank: GroupedLora, segment: Segment, out: torch.Tensor) -> None:
+    """Two matrix products per member for one run of tokens (Hu et al., "LoRA", 2021)."""
+    rows = x[segment.start : segment.stop]
+    ranks: list[int] = bank.ranks[segment.slot].tolist()
+    for member, rank in enumerate(ranks):
+        if rank == 0:
+            continue
+        hidden = rows @ bank.a[segment.slot, member, :rank].t()
+        columns = slice(bank.offsets[member], bank.offsets[member] + bank.widths[member])
+        out[segment.start : segment.stop, columns] += hidden @ bank.b[member][segment.slot, :rank]
