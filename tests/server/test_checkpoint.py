@@ -50,6 +50,16 @@ def test_float_dtypes_keep_their_bits(dtype):
     assert torch.equal(parse(weights=save({"t": tensor})).tensors["t"], tensor)
 
 
+def test_large_finite_values_are_no_infinity():
+    weights = save({"t": torch.full((4,), 3e38), "h": torch.full((100,), 6e4, dtype=torch.float16)})
+    assert set(parse(weights=weights).tensors) == {"t", "h"}
+
+
+def test_infinities_of_both_signs_do_not_cancel():
+    with pytest.raises(AdapterInvalidError, match="'t' holds infinity"):
+        parse(weights=save({"t": torch.tensor([float("inf"), float("-inf"), 1.0])}))
+
+
 def test_a_scalar_tensor_is_read():
     assert parse(weights=save({"t": torch.tensor(2.0)})).tensors["t"].shape == ()
 
