@@ -1,0 +1,90 @@
+"""The `bench` verb."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def bench(
+    base: Annotated[str, typer.Option(help="A transformers directory, a hub id, or smollm2.")] = "smollm2",
+    requests: Annotated[int, typer.Option(min=2, help="Requests sent at once.")] = 16,
+    adapters: Annotated[int, typer.Option(min=1, help="Distinct LoRA adapters that they use.")] = 8,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for every prompt.")] = 64,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each case on each side, in turn.")] = 3,
+    kernels: Annotated[str, typer.Option(help="auto, native, onednn or reference.")] = "auto",
+    output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the random prompts and adapters.")] = 0,
+) -> None:
+    """Measure throughput and latency beside transformers and PEFT, and print ratios."""
+    from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
+    from rich.console import Console
+
+    from hotswap_server.bench.workload import Shape, default_cases
+
+    console = Console()
+    try:
+        path = resolve_base(base)
+    except (BaseNotFoundError, BaseConversionError) as error:
+        typer.echo(f"hotswap bench: {error}", err=True)
+        raise typer.Exit(2) from None
+    shape = Shape(prompt_tokens, new_tokens, rank)
+    with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
+        figures = _measure(
+            console, path, Path(store), default_cases(adapters, requests), shape, repeat, kernels, seed
+        )
+    if output is not None:
+        output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _measure(
+    console: Any, path: Path, store: Path, cases: list[Any], shape: Any, repeat: int, kernels: str, seed: int
+) -> list[dict[str, Any]]:
+    import torch
+    from rich.progress import Progress
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from hotswap_server.bench.ours import EngineSide
+    from hotswap_server.bench.report import print_report, summarise
+    from hotswap_server.bench.theirs import StaticBatchSide
+    from hotswap_server.bench.workload import make_prompts, write_adapters
+    from hotswap_server.engine.base import load_base
+    from hotswap_server.kernels import select_kernels
+
+    torch.manual_seed(seed)
+    device = torch.device("cpu")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    write_adapters(model, store, cases, shape.rank)
+    chosen = select_kernels(device, torch.float32, kernels)
+    base = load_base(path, kernels=chosen, device=device, dtype=torch.float32)
+    slots = sum(case.adapters for case in cases) or 1
+    ours = EngineSide(base, AutoTokenizer.from_pretrained(path), store, slots, shape.rank)
+    theirs = StaticBatchSide(model, store)
+    figures = []
+    try:
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("measuring", total=len(cases) * (repeat + 1) * 2)
+            for case in cases:
+                prompts = make_prompts(case.requests, shape.prompt_tokens, base.vocab_size, seed)
+                runs: list[tuple[Any, Any]] = []
+                for side in (ours, theirs):
+                    side.prepare(case)
+                    side.run(case, prompts, 4)
+                    progress.advance(task)
+                for _ in range(repeat):
+                    pair = []
+                    for side in (ours, theirs):
+                        pair.append(side.run(case, prompts, shape.new_tokens))
+                        progress.advance(task)
+                    runs.append((pair[0], pair[1]))
+                figures.append(summarise(case, runs))
+    finally:
+        ours.close()
+    print_report(console, figures, kernels=chosen.name, threads=torch.get_num_threads(), shape=shape)
+    return figures

@@ -1,0 +1,71 @@
+"""The engine's side of a measurement: in process, from a real store, as `hotswap serve` runs it."""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import time
+from pathlib import Path
+from typing import Any
+
+from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.method import BankOptions
+from hotswap_server.bench.workload import Case, Run
+from hotswap_server.core import Delta, Event, Failed, GenerateRequest, SamplingParams
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.engine import Engine
+
+
+class EngineSide:
+    """Runs cases on one engine that stays up between them, its adapters loaded."""
+
+    name = "hotswap"
+
+    def __init__(self, base: BaseModel, tokenizer: Any, store: Path, slots: int, rank: int) -> None:
+        self._manager = AdapterManager(
+            AdapterManager.open_store(str(store)), base, BankOptions(num_slots=slots, max_lora_rank=rank)
+        )
+        self._engine = Engine(base, tokenizer, self._manager)
+        self._manager.on_change = self._engine.wake
+        self._engine.start()
+        self._sent = 0
+
+    def close(self) -> None:
+        self._engine.stop()
+        self._manager.close()
+
+    def prepare(self, case: Case) -> None:
+        """Load the case's adapters, so that a run measures decoding and not the disk."""
+        for name in {case.adapter_of(request) for request in range(case.requests)} - {None}:
+            self._manager.load(name, None).result()  # type: ignore[arg-type]
+
+    def run(self, case: Case, prompts: list[list[int]], new_tokens: int) -> Run:
+        refs = [
+            None if (name := case.adapter_of(request)) is None else self._manager.resolve(name, None)
+            for request in range(case.requests)
+        ]
+        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        events: queue.SimpleQueue[tuple[int, float, Event]] = queue.SimpleQueue()
+        started = time.perf_counter()
+        for index, (prompt, ref) in enumerate(zip(prompts, refs, strict=True)):
+            self._sent += 1
+            request = GenerateRequest(f"bench-{self._sent}", tuple(prompt), sampling, ref)
+            self._engine.submit(request, lambda event, i=index: events.put((i, time.perf_counter(), event)))
+        tokens: list[list[int]] = [[] for _ in prompts]
+        times: list[list[float]] = [[] for _ in prompts]
+        left = len(prompts)
+        while left:
+            index, at, event = events.get()
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Delta):
+                tokens[index].extend(event.token_ids)
+                times[index].append(at)
+            else:
+                left -= 1
+        return Run(
+            seconds=time.perf_counter() - started,
+            ttft=[at[0] - started for at in times],
+            inter_token=[b - a for at in times for a, b in itertools.pairwise(at)],
+            tokens=tokens,
+        )
