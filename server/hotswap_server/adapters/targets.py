@@ -10,6 +10,7 @@ from hotswap_server.errors import AdapterInvalidError
 
 V = TypeVar("V")
 
+_ALL_LINEAR = "all-linear"  # PEFT resolves it before it saves; others may not
 _MAX_PATTERN = 2000  # characters
 
 
@@ -24,7 +25,9 @@ def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[
     targets = _names_or_pattern(config, "target_modules")
     if targets is None or not targets:
         raise AdapterInvalidError("adapter_config.json: target_modules is empty; name the adapted modules")
-    if isinstance(targets, str):
+    if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
+        selected = set(names)
+    elif isinstance(targets, str):
         pattern = _compile("target_modules", targets)
         selected = {name for name in names if pattern.fullmatch(name)}
         if config.get("layers_to_transform") is not None:
