@@ -104,24 +104,22 @@ def serve(config: Path | None, flags: dict[str, Any]) -> None:
 
 def _print_ready(ready: Ready) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.markup import escape
 
     rows = {
         "base": f"{ready.base}, {ready.dtype} on {ready.device}",
         "kernels": f"{ready.kernels}, {ready.threads} threads",
         "address": ready.address,
         "metrics": ready.metrics_address or "off",
-        "store": f"{ready.store} ({ready.num_stored} adapters)",
+        "store": f"{ready.store} ({ready.num_stored} adapter{'s' * (ready.num_stored != 1)})",
         "KV cache": f"{ready.kv_tokens:,} tokens; up to {ready.max_context:,} in a request",
         "slots": f"{ready.adapter_slots} adapters",
         "ready in": f"{ready.seconds:.1f} s",
     }
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(f"[bold]{name}[/bold]", value)
     console = Console(highlight=False, soft_wrap=True)
     console.print("[bold green]hotswap is ready[/bold green]")
-    console.print(table)
+    for name, value in rows.items():
+        console.print(f"[bold]{name:<10}[/bold]{escape(value)}")
     console.file.flush()
 
 

@@ -7,7 +7,15 @@ from threading import Thread
 from typing import Final, Protocol
 from wsgiref.simple_server import WSGIServer
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+    start_http_server,
+)
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -58,6 +66,7 @@ class Metrics:
     """All metrics of one server, in a registry of their own. An EngineObserver and an AdapterObserver."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # second series that nobody reads
         self.registry = CollectorRegistry()
         self._observe_calls()
         self._observe_requests()
@@ -154,8 +163,10 @@ class Metrics:
         else:
             reason = record.finish_reason.value if record.finish_reason is not None else "scored"
         self._finished.labels(*labels, reason).inc()
-        self._prompt_tokens.labels(*labels).inc(record.num_prompt_tokens)
         self._generated_tokens.labels(*labels).inc(record.num_generated_tokens)
+        if record.error is not None:  # its prompt may not have been read, and its times say little
+            return
+        self._prompt_tokens.labels(*labels).inc(record.num_prompt_tokens)
         for stage, histogram in self._stages.items():
             histogram.labels(*labels).observe(getattr(record.timings, stage))
         if record.ttft is not None:

@@ -68,6 +68,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         raise EngineError("the engine ended the request without a result")
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
+        name, version = _named(request)
         if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidRequestError(
                 "top_logprobs", f"must be between 0 and {MAX_TOP_LOGPROBS}, got {request.top_logprobs}"
@@ -82,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             scored = self._encoder.ids("token_ids", request.token_ids)
         else:
             raise InvalidRequestError("target", "is required; set text or token_ids")
-        adapter = await self._resolve(request.adapter, _version(request))
+        adapter = await self._resolve(name, version)
         result = await self._engine.score(
             ScoreRequest(
                 id=uuid.uuid4().hex,
@@ -103,26 +104,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.TokenizeResponse(token_ids=ids, count=len(ids))
 
     async def _prepare(self, request: AnyGenerateRequest) -> GenerateRequest:
+        name, version = _named(request)
         sampling = convert.sampling_params(request.sampling, self._encoder.vocab_size)
         prompt = await self._encoder.encode("input", request.input)
-        adapter = await self._resolve(request.adapter, _version(request))
+        adapter = await self._resolve(name, version)
         return GenerateRequest(id=uuid.uuid4().hex, prompt_ids=prompt, sampling=sampling, adapter=adapter)
 
     async def _resolve(self, name: str, version: int | None) -> AdapterRef | None:
-        call = current_call()
-        version = convert.adapter_version(version)
         if not name:
-            if version is not None:
-                raise InvalidRequestError(
-                    "version", "must be absent for the base model; name the adapter too"
-                )
-            call.method = method_label(BASE_METHOD)
             return None
-        name = convert.adapter_name("adapter", name)
-        call.facts["adapter"] = name
         ref = await asyncio.get_running_loop().run_in_executor(
             self._store_threads, self._engine.adapters.resolve, name, version
         )
+        call = current_call()
         call.method = method_label(ref.method)
         call.facts["version"] = ref.version
         return ref
@@ -141,5 +135,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 yield event
 
 
-def _version(request: AnyGenerateRequest | inference_pb2.ScoreRequest) -> int | None:
-    return request.version if request.HasField("version") else None
+def _named(request: AnyGenerateRequest | inference_pb2.ScoreRequest) -> tuple[str, int | None]:
+    """Name and version of the adapter that a request wants; an empty name for the base model."""
+    version = convert.adapter_version(request.version if request.HasField("version") else None)
+    call = current_call()
+    if request.adapter:
+        name = call.facts["adapter"] = convert.adapter_name("adapter", request.adapter)
+        return name, version
+    if version is not None:
+        raise InvalidRequestError("version", "must be absent for the base model; name the adapter too")
+    call.method = method_label(BASE_METHOD)
+    return "", None

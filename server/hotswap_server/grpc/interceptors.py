@@ -43,7 +43,7 @@ def current_call() -> CallInfo:
     return _current.get()
 
 
-class CallInterceptor(grpc.aio.ServerInterceptor[Any, Any]):
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of the API; those of health and reflection stay as they are."""
 
     def __init__(self, metrics: Metrics, *, max_seconds: float) -> None:
