@@ -152,11 +152,12 @@ class AdapterManager:
         with self._lock:
             resident = self._residents[ref]
             resident.users -= 1
-            if resident.users == 0:
-                if resident.leaving:
-                    self._leave(resident)
-                # A slot may be free for somebody who waits for one.
-                self.on_change()
+            idle = resident.users == 0
+            if idle and resident.leaving:
+                self._leave(resident)
+        if idle:
+            # A slot may be free for somebody who waits for one.
+            self.on_change()
 
     # What the services ask; may block on the store.
 
@@ -214,6 +215,7 @@ class AdapterManager:
                 if resident.ref.name == name and version in (None, resident.ref.version)
             ]
             parts: list[Future[None]] = []
+            in_use: list[AdapterRef] = []
             for resident in leaving:
                 part: Future[None] = Future()
                 parts.append(part)
@@ -221,8 +223,11 @@ class AdapterManager:
                 resident.on_left.append(part)
                 if resident.users == 0 and resident.state is not _State.LOADING:
                     self._leave(resident)
-                elif cancel:
-                    self.cancel_users(resident.ref)
+                else:
+                    in_use.append(resident.ref)
+        # Without the lock: the engine takes its own first, and this one when it lets go of a slot.
+        for ref in in_use if cancel else []:
+            self.cancel_users(ref)
         if not parts:
             done.set_result(0)
         remaining = itertools.count(len(parts) - 1, -1)
