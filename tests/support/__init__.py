@@ -1,1 +1,1 @@
-"""Helpers of the engine's tests: tiny random models, adapters made by PEFT, an engine that collects what it gives."""
+"""Helpers of the engine's tests: tiny models, adapters made by PEFT, an engine that collects its events."""

@@ -80,7 +80,7 @@ def write_lora(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Path:
-    """A LoRA with random weights, saved by PEFT. `std` is that of B; with `dtype` the file's tensors have it."""
+    """A LoRA with random weights, saved by PEFT. `std` is B's, `dtype` that of the file."""
     torch.manual_seed(seed)
     peft = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **options))
     with torch.no_grad():

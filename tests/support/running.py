@@ -3,7 +3,7 @@
 import itertools
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -204,6 +204,29 @@ class Running:
         outcome = Outcome(request)
         self.engine.submit(request, outcome.sink)
         return outcome
+
+    def arrive(self, arrivals: Iterable[Callable[[], Outcome]], *, every: int) -> list[Outcome]:
+        """Submit one after another, each `every` steps after the last or when the engine is idle."""
+        pending, outcomes = deque(arrivals), list[Outcome]()
+        lock = threading.Lock()
+
+        def next_one() -> None:
+            with lock:
+                if pending:
+                    outcomes.append(pending.popleft()())
+
+        def again() -> None:
+            next_one()
+            if pending:
+                self.recorder.after_step[len(self.recorder.steps) + every].append(again)
+
+        again()
+        while pending:
+            if self.engine.idle:
+                next_one()
+            time.sleep(0.001)
+        with lock:
+            return [outcome.result() for outcome in outcomes]
 
     def cancel(self, outcome: Outcome) -> None:
         self.engine.cancel(outcome.request.id)
