@@ -15,7 +15,7 @@ _MAX_PATTERN = 2000  # characters
 
 
 def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[str]:
-    """Those of `modules` that `target_modules`, `exclude_modules`, `layers_to_transform` and `layers_pattern` select.
+    """Those of `modules` that the fields `target_modules`, `exclude_modules` and `layers_*` select.
 
     Raises:
         AdapterInvalidError: a field has the wrong type, a pattern is no regular expression, or a target
@@ -38,8 +38,8 @@ def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[
         idle = [t for t in targets if not any(name == t or name.endswith(f".{t}") for name in names)]
         if idle:
             raise AdapterInvalidError(
-                f"adapter_config.json: target_modules {', '.join(sorted(idle))} match no linear layer of the base; "
-                "was the adapter trained on another base?"
+                f"adapter_config.json: target_modules {', '.join(sorted(idle))} match no linear layer of the "
+                "base; was the adapter trained on another base?"
             )
         ends = tuple(f".{target}" for target in targets)
         selected = {
@@ -60,7 +60,7 @@ def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[
 
 
 def by_pattern(field: str, patterns: Mapping[str, V], module: str, default: V) -> V:
-    """The value of the first pattern that `module` ends with, as `rank_pattern` and `alpha_pattern` mean it."""
+    """The value of the first pattern that `module` ends with, as PEFT reads `rank_pattern` and its like."""
     for key, value in patterns.items():
         if _compile(field, rf"(.*\.)?({key})$").match(module):
             return value

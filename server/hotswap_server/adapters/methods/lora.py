@@ -143,7 +143,8 @@ class LoraMethod:
             alpha = _pattern_value(config, "alpha_pattern", module, _number(config, "lora_alpha"))
             if a.shape[0] != rank:
                 raise AdapterInvalidError(
-                    f"{module}{_A}: has rank {a.shape[0]}, but adapter_config.json (r, rank_pattern) says {rank:g}"
+                    f"{module}{_A}: has rank {a.shape[0]}, but adapter_config.json (r, rank_pattern) says "
+                    f"{rank:g}"
                 )
             if rank > options.max_lora_rank:
                 raise AdapterInvalidError(
@@ -176,8 +177,8 @@ def _check_fields(config: Mapping[str, object]) -> None:
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise AdapterInvalidError(
-            f"adapter_config.json: init_lora_weights {init!r} changes the base weights; save the adapter with "
-            "PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
+            f"adapter_config.json: init_lora_weights {init!r} changes the base weights; save the adapter "
+            "with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
         )
     for name, value in config.items():
         if name not in _READ | _WITHOUT_EFFECT and value not in (None, False, [], {}, ""):
@@ -208,12 +209,13 @@ def _pair_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
 def _check_targets(expected: set[str], present: set[str]) -> None:
     if missing := sorted(expected - present):
         raise AdapterInvalidError(
-            f"adapter_config.json: targets {missing[0]} ({len(missing)} modules), for which there are no tensors"
+            f"adapter_config.json: targets {missing[0]} ({len(missing)} modules), for which there are no "
+            "tensors"
         )
     if unused := sorted(present - expected):
         raise AdapterInvalidError(
-            f"tensor {_PREFIX}{unused[0]}{_A}: its module is no target of adapter_config.json or no linear layer "
-            "of the base's decoder, so nothing would use it"
+            f"tensor {_PREFIX}{unused[0]}{_A}: its module is no target of adapter_config.json or no linear "
+            "layer of the base's decoder, so nothing would use it"
         )
 
 
