@@ -145,6 +145,7 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         metrics,
         max_message_bytes=settings.max_message_bytes,
         max_timeout=settings.max_timeout,
+        store_timeout=settings.load_deadline,
         reflect=settings.reflection,
     )
     scraped: MetricsServer | None = None
@@ -266,7 +267,7 @@ def _check_port(settings: ServeSettings, name: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise StartupError(
-            f"{flag_of(name)}: cannot listen on {host}:{port}: {reason}; give another port"
+            f"{flag_of(name)}: cannot listen on {host}:{port}: {reason}; give another --host or port"
         ) from error
 
 

@@ -66,7 +66,7 @@ class ServeSettings(BaseSettings):
     )
     load_workers: int = Field(2, ge=1, le=256, description="Adapters that are loaded at the same time.")
     load_deadline: float = Field(
-        60.0, gt=0, description="Longest that loading an adapter may take, in seconds."
+        60.0, gt=0, description="Longest that the store may take to find or load an adapter, in seconds."
     )
 
     max_queue: int = Field(

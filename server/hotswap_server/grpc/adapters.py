@@ -7,7 +7,7 @@ import base64
 import binascii
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from itertools import groupby
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +18,7 @@ from hotswap_server.errors import AdapterInUseError, InvalidRequestError
 from hotswap_server.grpc import convert
 from hotswap_server.grpc.interceptors import current_call
 from hotswap_server.grpc.status import NotImplementedByServerError
+from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import method_label
 
 DEFAULT_PAGE_SIZE = 100
@@ -27,11 +28,11 @@ T = TypeVar("T")
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
-    """The manager's calls block on the store, so they run on `store_threads`."""
+    """The manager's calls block on the store, so they run as `StoreCalls`."""
 
-    def __init__(self, manager: AdapterManager, store_threads: Executor) -> None:
+    def __init__(self, manager: AdapterManager, store: StoreCalls) -> None:
         self._manager = manager
-        self._store_threads = store_threads
+        self._store = store
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
@@ -40,7 +41,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if not 1 <= size <= MAX_PAGE_SIZE:
             raise InvalidRequestError("page_size", f"must be between 1 and {MAX_PAGE_SIZE}, got {size}")
         after = _read_page_token(request.page_token)
-        found = await self._blocking(self._manager.list)
+        found = await self._store.run(self._manager.list)
         infos = sorted((info for info in found if info.ref.name.startswith(request.name_prefix)), key=_order)
         if not request.all_versions:
             infos = list(_newest_and_resident(infos))
@@ -55,7 +56,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.GetAdapterRequest, context: Any
     ) -> adapters_pb2.GetAdapterResponse:
         name, version = _named(request)
-        info = await self._blocking(lambda: self._manager.get(name, version))
+        info = await self._store.run(lambda: self._manager.get(name, version))
         _tell(info)
         return adapters_pb2.GetAdapterResponse(adapter=convert.adapter(info))
 
@@ -63,7 +64,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.LoadAdapterRequest, context: Any
     ) -> adapters_pb2.LoadAdapterResponse:
         name, version = _named(request)
-        before = await self._blocking(lambda: self._manager.get(name, version))
+        before = await self._store.run(lambda: self._manager.get(name, version))
         _tell(before)
         started = time.monotonic()
         # By its number: a version that is published meanwhile is another one.
@@ -115,18 +116,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
 
     async def _of(self, name: str, version: int | None) -> list[AdapterInfo]:
         """The versions in the store, ascending; AdapterNotFoundError if there is none."""
-        newest_or_given = await self._blocking(lambda: self._manager.get(name, version))
+        newest_or_given = await self._store.run(lambda: self._manager.get(name, version))
         _tell(newest_or_given)
         if version is not None:
             return [newest_or_given]
-        infos = await self._blocking(self._manager.list)
+        infos = await self._store.run(self._manager.list)
         return sorted((info for info in infos if info.ref.name == name), key=_order)
 
-    async def _blocking(self, call: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._store_threads, call)
-
     async def _future(self, begin: Callable[[], Future[T]]) -> T:
-        return await asyncio.wrap_future(await self._blocking(begin))
+        return await asyncio.wrap_future(await self._store.run(begin))
 
 
 def _named(request: Any) -> tuple[str, int | None]:

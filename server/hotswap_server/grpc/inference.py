@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Executor
 from contextlib import aclosing
 from typing import Any
 
@@ -25,6 +23,7 @@ from hotswap_server.errors import EngineError, InvalidRequestError
 from hotswap_server.grpc import convert
 from hotswap_server.grpc.encoding import InputEncoder
 from hotswap_server.grpc.interceptors import current_call
+from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import method_label
 
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
@@ -33,10 +32,10 @@ AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStrea
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Leaving a call, for whatever reason, leaves the engine's iterator, which cancels the request there."""
 
-    def __init__(self, engine: EngineService, encoder: InputEncoder, store_threads: Executor) -> None:
+    def __init__(self, engine: EngineService, encoder: InputEncoder, store: StoreCalls) -> None:
         self._engine = engine
         self._encoder = encoder
-        self._store_threads = store_threads
+        self._store = store
 
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
@@ -113,9 +112,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def _resolve(self, name: str, version: int | None) -> AdapterRef | None:
         if not name:
             return None
-        ref = await asyncio.get_running_loop().run_in_executor(
-            self._store_threads, self._engine.adapters.resolve, name, version
-        )
+        ref = await self._store.run(lambda: self._engine.adapters.resolve(name, version))
         call = current_call()
         call.method = method_label(ref.method)
         call.facts["version"] = ref.version

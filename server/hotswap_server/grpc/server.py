@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Final
 
@@ -17,6 +16,7 @@ from hotswap_server.grpc.adapters import AdapterServicer
 from hotswap_server.grpc.encoding import InputEncoder
 from hotswap_server.grpc.inference import InferenceServicer
 from hotswap_server.grpc.interceptors import CallInterceptor
+from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import Metrics
 
 SERVICES: Final = (
@@ -24,7 +24,6 @@ SERVICES: Final = (
     adapters_pb2.DESCRIPTOR.services_by_name["AdapterService"].full_name,
 )
 
-_STORE_THREADS = 16
 # For what still has to be sent after the last call has ended; health watchers are then cut off.
 _STOP_GRACE_S = 1.0
 
@@ -43,12 +42,12 @@ class GrpcServer:
         *,
         max_message_bytes: int,
         max_timeout: float,
+        store_timeout: float,
         reflect: bool = True,
     ) -> None:
         self._engine = engine
         self._encoder = InputEncoder(engine.tokenizer, engine.base.vocab_size)
-        # A store that hangs takes threads; requests for the base need none of these.
-        self._store_threads = ThreadPoolExecutor(_STORE_THREADS, thread_name_prefix="store")
+        self._store = StoreCalls(store_timeout)
         self._calls = CallInterceptor(metrics, max_seconds=max_timeout)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(
@@ -64,10 +63,10 @@ class GrpcServer:
             ],
         )
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(engine, self._encoder, self._store_threads), self._server
+            InferenceServicer(engine, self._encoder, self._store), self._server
         )
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterServicer(engine.adapters, self._store_threads), self._server
+            AdapterServicer(engine.adapters, self._store), self._server
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         if reflect:
@@ -106,4 +105,4 @@ class GrpcServer:
                 await self._calls.wait_idle()
         await self._server.stop(_STOP_GRACE_S if drain_timeout else None)
         self._encoder.close()
-        self._store_threads.shutdown(wait=False, cancel_futures=True)
+        self._store.close()

@@ -188,7 +188,7 @@ class Serving:
 @asynccontextmanager
 async def _serving(**options: Any) -> AsyncIterator[Serving]:
     engine, metrics = FakeEngine(), Metrics()
-    settings = {"max_message_bytes": 64 << 10, "max_timeout": 60.0} | options
+    settings = {"max_message_bytes": 64 << 10, "max_timeout": 60.0, "store_timeout": 30.0} | options
     server = GrpcServer(engine, metrics, **settings)  # type: ignore[arg-type]
     port = await server.start("127.0.0.1", 0)
     try:

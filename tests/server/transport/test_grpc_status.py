@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 
 import grpc
 import pytest
@@ -198,6 +200,23 @@ async def test_an_unknown_adapter_is_not_found(serving, refusal_of):
         assert refusal.code is Code.NOT_FOUND
         assert refusal.details["ErrorInfo"].metadata["adapter"] == "acme/none"
         assert s.sample("hotswap_requests_total", rpc="Generate", method="unknown", code="NOT_FOUND") == 1
+
+
+async def test_a_store_that_hangs_is_unavailable_and_the_base_goes_on(serving, refusal_of):
+    async with serving(store_timeout=0.2) as s:
+        answer = threading.Event()
+        s.engine.adapters.resolve = lambda name, version: answer.wait(30)
+        try:
+            waiting = [
+                s.inference.Generate(inference_pb2.GenerateRequest(input=text(), adapter="a/b"))
+                for _ in range(40)
+            ]
+            assert (await s.inference.Generate(inference_pb2.GenerateRequest(input=text()))).text == "ABC"
+            refusals = await asyncio.gather(*(refusal_of(call) for call in waiting))
+        finally:
+            answer.set()
+        assert {refusal.code for refusal in refusals} == {Code.UNAVAILABLE}
+        assert {refusal.details["ErrorInfo"].reason for refusal in refusals} == {"STORE_UNAVAILABLE"}
 
 
 async def test_a_message_over_the_limit_is_resource_exhausted_and_the_server_goes_on(serving, refusal_of):
