@@ -100,14 +100,14 @@ def flags(tiny_base, data_file, tmp_path) -> dict[str, object]:
         "work_dir": tmp_path / "work",
         "max_steps": 6,
         "batch_size": 4,
-        "r": 4,
+        "rank": 4,
         "learning_rate": 1e-2,
     }
 
 
 @pytest.fixture
 def train_process(tmp_path):
-    """Start `python -m hotswap_trainer` (or what `launcher` starts it with) on options; kills what is left."""
+    """Start `python -m hotswap_trainer` (by a `launcher`, if given) on options; kills what is left."""
     started: list[subprocess.Popen[str]] = []
 
     def start(options: dict[str, object], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
@@ -134,4 +134,6 @@ def train_process(tmp_path):
     yield start
     for process in started:
         process.kill()
-        process.communicate()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()

@@ -6,7 +6,6 @@ import json
 
 import pytest
 from hotswap.prompts import encode_messages, encode_prompt
-
 from hotswap_trainer.data import IGNORED, DataError, Encoder, Example, load, split
 
 USER = {"role": "user", "content": "hi"}

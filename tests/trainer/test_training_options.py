@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from hotswap_trainer import methods
 from hotswap_trainer.config import configure
 from hotswap_trainer.errors import OptionError
@@ -20,8 +19,8 @@ def config(tmp_path, text):
 
 def test_flag_over_yaml_over_default(tmp_path):
     path = config(tmp_path, "r: 8\nbatch-size: 2\nlearning_rate: 1e-4\n")
-    run = configure({**REQUIRED, "r": "4", "batch_size": None}, path)
-    assert run.method_options.r == 4  # flag
+    run = configure({**REQUIRED, "rank": "4", "batch_size": None}, path)
+    assert run.method_options.rank == 4  # flag, over the YAML's other spelling
     assert run.options.batch_size == 2  # YAML, spelled as the flag is
     assert run.learning_rate == 1e-4  # which YAML reads as a string
     assert run.options.epochs == 3.0  # default
@@ -34,7 +33,8 @@ def test_the_learning_rate_defaults_to_the_methods():
 def test_yaml_takes_lists_and_mappings_and_flags_take_text(tmp_path):
     path = config(
         tmp_path,
-        "target_modules: q_proj,v_proj\nlayers_to_transform: [0, 2]\nrank_pattern: {q_proj: 2}\nrslora: true\n",
+        "target_modules: q_proj,v_proj\nlayers_to_transform: [0, 2]\nrank_pattern: {q_proj: 2}\n"
+        "rslora: true\n",
     )
     by_yaml = configure(REQUIRED, path).method_options
     by_flags = configure(
@@ -93,7 +93,7 @@ def test_a_missing_yaml_file_is_refused(tmp_path):
         ({"eval_fraction": "1"}, "--eval-fraction: must be at least 0 and under 1"),
         ({"overlong": "wrap"}, "--overlong: must be one of truncate, drop"),
         ({"scheduler": "x"}, "--scheduler: must be one of"),
-        ({"r": "0"}, "--r: must be at least 1"),
+        ({"r": "0"}, "--rank: must be at least 1"),
         ({"dropout": "1"}, "--dropout: must be"),
         ({"target_modules": "(q_proj"}, "--target-modules: is not a valid regex"),
         ({"layers_to_transform": "3-1"}, "--layers-to-transform: the range '3-1' runs backwards"),

@@ -7,11 +7,10 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from hotswap_trainer.config import configure
 from hotswap_trainer.errors import OptionError, RunInProgressError, TrainingDivergedError
 from hotswap_trainer.run import train
+from safetensors.torch import load_file
 
 
 def weights(published):
@@ -72,7 +71,7 @@ def test_training_json(published, flags):
     assert training["loss"]["train"] == history[-2]["loss"]
     assert training["loss"]["eval"] == history[-1]["loss"]
     assert training["options"]["batch_size"] == 4
-    assert training["method_options"]["r"] == 4
+    assert training["method_options"]["rank"] == 4
     assert {"torch", "transformers", "peft", "python"} <= training["versions"].keys()
 
 

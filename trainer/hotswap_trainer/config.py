@@ -131,14 +131,25 @@ def configure(flags: Mapping[str, Any], config: Path | None = None) -> Run:
     Raises:
         OptionError: an unknown key, a method that does not exist, an option of another method, a bad value.
     """
-    values = merge(flags, read_yaml(config) if config else {})
-    method_name = values.get("method") or "lora"
     available = methods.available()
+    values = merge(
+        _spelled_out(flags, available), _spelled_out(read_yaml(config) if config else {}, available)
+    )
+    method_name = values.get("method") or "lora"
     if method_name not in available:
         raise OptionError(f"--method: must be one of {', '.join(available)}; got {method_name!r}")
     method = available[method_name]
     _refuse_unknown(values, method, available)
     return Run(build(TrainOptions, values), method, build(method.options, values))
+
+
+def _spelled_out(values: Mapping[str, Any], available: Mapping[str, Method[Any]]) -> dict[str, Any]:
+    """`values` with second spellings of options (`lr`) replaced by their names."""
+    classes: list[type] = [TrainOptions, *(method.options for method in available.values())]
+    names = {
+        spec.short.lstrip("-"): spec.name for options in classes for spec in specs(options) if spec.short
+    }
+    return {names.get(key, key): value for key, value in values.items()}
 
 
 def _refuse_unknown(

@@ -21,7 +21,7 @@ _REQUIRED: Any = dataclasses.MISSING
 
 
 def option(default: Any = _REQUIRED, *, help: str, group: str = "Method", short: str | None = None) -> Any:
-    """A dataclass field that is an option. `short` is a second spelling of its flag, such as `--lr`.
+    """A dataclass field that is an option. `short` is a second spelling, such as `--lr`.
 
     Supported types: bool, int, float, str, Path, Literal of strings, `tuple[str, ...]` (comma-separated or a
     YAML list), `tuple[int, ...]` (likewise, with ranges such as `0-5`), `dict[str, int]` and

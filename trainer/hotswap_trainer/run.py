@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,8 +96,12 @@ def _train(run: Run, rank: int, console: Console) -> Published | None:
 def _check_writable(store: Path) -> None:
     """Find out before the training that the store can be written."""
     existing = next(path for path in (store, *store.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise OptionError(f"--output: {store} cannot be written; choose a directory that can")
+    try:
+        tempfile.TemporaryDirectory(prefix=".hotswap-", dir=existing).cleanup()
+    except OSError as error:
+        raise OptionError(
+            f"--output: {store} cannot be written ({error.strerror}); choose a directory that can"
+        ) from error
 
 
 def _resolve(base: str, *, progress: bool) -> Path:

@@ -19,22 +19,23 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
-    """Options of LoRA; the update of a layer is `alpha / r` (rsLoRA: `alpha / sqrt(r)`) times `B A x`."""
+    """Options of LoRA; a layer's update is `alpha / rank` (rsLoRA: `alpha / sqrt(rank)`) times `B A x`."""
 
-    r: int = option(16, help="Rank.")
+    # torchrun takes a bare `--r` for an abbreviation of its own options, so it is the second spelling.
+    rank: int = option(16, help="Rank of the updates.", short="--r")
     alpha: float | None = option(None, help="Scale; by default twice the rank.")
     dropout: float = option(0.0, help="Dropout on the input of the update.")
     target_modules: str = option(
         ALL_LINEAR, help="Layers to adapt: names separated by commas, all-linear, or a regex of full names."
     )
-    rslora: bool = option(False, help="Scale by alpha/sqrt(r): steadier at high ranks.")
+    rslora: bool = option(False, help="Scale by alpha/sqrt(rank): steadier at high ranks.")
     rank_pattern: dict[str, int] | None = option(None, help="Another rank for layers that match: NAME=RANK.")
     alpha_pattern: dict[str, float] | None = option(None, help="Another alpha for layers that match.")
     layers_to_transform: tuple[int, ...] | None = option(None, help="Decoder layers to adapt, such as 0-5,8.")
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise OptionError(f"--r: must be at least 1, got {self.r}")
+        if self.rank < 1:
+            raise OptionError(f"--rank: must be at least 1, got {self.rank}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise OptionError(f"--alpha: must be over 0, got {self.alpha}")
         if not 0 <= self.dropout < 1:
@@ -59,11 +60,11 @@ class Lora(Method[LoraOptions]):
     def peft_config(self, model: PreTrainedModel, options: LoraOptions) -> LoraConfig:
         from peft import LoraConfig
 
-        alpha = options.alpha if options.alpha is not None else 2.0 * options.r
+        alpha = options.alpha if options.alpha is not None else 2.0 * options.rank
         _check_layers(model, options)
         return LoraConfig(
             task_type="CAUSAL_LM",
-            r=options.r,
+            r=options.rank,
             lora_alpha=int(alpha) if alpha.is_integer() else alpha,  # type: ignore[arg-type]
             lora_dropout=options.dropout,
             target_modules=_targets(options.target_modules),

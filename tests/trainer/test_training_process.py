@@ -1,0 +1,125 @@
+"""The trainer as a process: killed, interrupted, started by torchrun, and given bad input."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+import torch
+from hotswap_trainer.workdir import WorkDir, mark_complete
+from safetensors.torch import load_file
+
+
+def weights(store):
+    return load_file(store / "acme" / "task" / "1" / "adapter_model.safetensors")
+
+
+def wait_for_checkpoint(process, work_dir, step):
+    """Until a complete checkpoint at `step` or later is there."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()[0]
+        for marker in work_dir.glob("*/checkpoints/checkpoint-*/hotswap_complete.json"):
+            if int(marker.parent.name.rpartition("-")[2]) >= step:
+                return
+        time.sleep(0.01)
+    raise TimeoutError("no checkpoint")
+
+
+def finish(process) -> str:
+    output, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture
+def long_flags(flags):
+    """Long enough to be killed in the middle, of an epoch too; dropout needs the random state restored."""
+    return {**flags, "max_steps": 120, "save_every": 4, "dropout": 0.2, "device": "cpu"}
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_never_killed(train_process, long_flags, tmp_path):
+    whole = {**long_flags, "output": tmp_path / "whole"}
+    undisturbed = train_process(whole)
+    process = train_process(long_flags)
+    wait_for_checkpoint(process, long_flags["work_dir"], 40)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not long_flags["output"].exists()
+
+    output = finish(train_process(long_flags))
+    assert "Resuming the interrupted run at step" in output
+    assert "acme/task@1" in output
+    finish(undisturbed)
+    resumed, expected = weights(long_flags["output"]), weights(whole["output"])
+    for name, tensor in expected.items():
+        torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-7)
+    assert [path.name for path in (long_flags["output"] / "acme" / "task").iterdir()] == ["1"]
+
+
+def test_an_interrupted_run_says_how_to_go_on(train_process, long_flags):
+    process = train_process({**long_flags, "max_steps": 5000})
+    wait_for_checkpoint(process, long_flags["work_dir"], 4)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "The same command goes on from the last checkpoint" in output
+    assert "Traceback" not in output
+    assert not long_flags["output"].exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(train_process, flags, tmp_path):
+    flags = {**flags, "device": "cpu", "eval_fraction": 0.2}  # 32 examples: whole batches
+    one = {**flags, "batch_size": 8, "output": tmp_path / "one"}
+    for options, launcher in (
+        (one, ()),
+        (flags, ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
+    ):
+        process = train_process(options, launcher=launcher)
+        finish(process)
+    assert [path.name for path in (flags["output"] / "acme" / "task").iterdir()] == ["1"]
+    for name, tensor in weights(one["output"]).items():
+        torch.testing.assert_close(weights(flags["output"])[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "--method: must be one of lora"),
+        ({"data": "missing.jsonl"}, "--data: cannot read missing.jsonl"),
+        ({"output": "/proc/store"}, "--output: /proc/store cannot be written"),
+        ({"target-modules": "nope"}, "nope matches no layer"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(train_process, flags, options, message):
+    process = train_process({**flags, **options})
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 2
+    (line,) = output.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
+    work = WorkDir(tmp_path, {"a": 1})
+    work.open()
+    assert work.last_checkpoint() is None
+    for step in (4, 8, 12):
+        directory = work.checkpoints / f"checkpoint-{step}"
+        directory.mkdir()
+        (directory / "weights").write_text("…")
+        if step < 12:
+            mark_complete(directory, seconds=step / 2)
+    last = work.last_checkpoint()
+    assert last is not None
+    assert (last.step, last.seconds) == (8, 4.0)
+    work.discard_incomplete()
+    assert sorted(path.name for path in work.checkpoints.iterdir()) == ["checkpoint-4", "checkpoint-8"]
+    work.remove()
+    assert not work.path.exists()
+
+
+def test_other_options_are_another_run(tmp_path):
+    assert WorkDir(tmp_path, {"a": 1}).path != WorkDir(tmp_path, {"a": 2}).path
