@@ -11,6 +11,7 @@ from hotswap_server.core import SamplingParams, TokenLogprob
 
 # Nearly every nucleus lies within this many candidates, and finding them is much cheaper than a full sort.
 _CANDIDATES = 1024
+_MIN_TEMPERATURE = 1e-30  # what float32 can divide by; the best token has all the probability long before
 _MASK = 2**64 - 1
 
 
@@ -50,10 +51,14 @@ def sample(logits: torch.Tensor, rows: Rows[SamplingRow]) -> list[Sampled | None
     for indices, draw in (([i for i in drawn if i not in filtered], _draw), (filtered, _draw_filtered)):
         if indices:
             params = [rows[index].params for index in indices]
-            temperature = torch.tensor([p.temperature for p in params], device=logits.device)
+            temperature = torch.tensor(
+                [max(p.temperature, _MIN_TEMPERATURE) for p in params], device=logits.device
+            )
             noise = [uniform(rows[index].seed, rows[index].index) for index in indices]
             uniforms = torch.tensor(noise, dtype=torch.float64, device=logits.device)
-            chosen = draw(logits[indices] / temperature[:, None], uniforms, params)
+            # The largest becomes 0, so that a small temperature cannot overflow.
+            scaled = (logits[indices] - best[indices, None]) / temperature[:, None]
+            chosen = draw(scaled, uniforms, params)
             for index, token in zip(indices, chosen, strict=True):
                 tokens[index] = token
     described = {}
@@ -69,7 +74,7 @@ def sample(logits: torch.Tensor, rows: Rows[SamplingRow]) -> list[Sampled | None
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on the two alone: SplitMix64 (Steele et al., 2014) as a counter-based generator.
+    """A number in [0, 1) that depends on the two alone: SplitMix64 (Steele et al., 2014) over a counter.
 
     No state has to survive a preemption, and neighbours cannot disturb it.
     """
@@ -85,7 +90,7 @@ def describe_logprob(logprobs: torch.Tensor, token_id: int, top: int) -> TokenLo
     """The entry of one position from its log-probabilities [vocabulary]."""
     best: tuple[tuple[int, float], ...] = ()
     if top:
-        values, ids = logprobs.topk(top)
+        values, ids = logprobs.topk(min(top, logprobs.shape[-1]))
         best = tuple(zip(ids.tolist(), values.tolist(), strict=True))
     return TokenLogprob(token_id, float(logprobs[token_id]), best)
 
@@ -127,12 +132,12 @@ def _draw_filtered(scaled: torch.Tensor, uniforms: torch.Tensor, params: Rows[Sa
 
 def _decided_within(candidates: torch.Tensor, total: torch.Tensor, params: SamplingParams) -> bool:
     """Whether no token beyond `candidates` can pass the filters."""
-    if 0 < params.top_k <= candidates.shape[0]:
-        return True
+    if params.top_k > 0:
+        # A larger top-k needs all its tokens, since the nucleus is a share of their sum.
+        return params.top_k <= candidates.shape[0]
     probs = (candidates - total).exp()
     if params.min_p > 0 and bool(probs[-1] < params.min_p * probs[0]):
         return True
-    # With a larger top-k the nucleus is taken of less than the whole, so it is smaller still.
     return params.top_p < 1 and bool(probs.sum() >= params.top_p)
 
 
