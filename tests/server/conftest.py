@@ -39,3 +39,11 @@ def llama_base(llama):
     from support.models import prepared
 
     return prepared(llama)
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The embedded base's directory; the first use on a machine converts it, for half a minute."""
+    from hotswap.bases import resolve_base
+
+    return resolve_base("smollm2", progress=False)
