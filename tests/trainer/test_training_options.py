@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from hotswap_trainer import methods
 from hotswap_trainer.config import configure
@@ -132,3 +134,10 @@ def test_every_methods_options_are_documented_and_agree():
         for spec in specs(method.options):
             assert spec.help
             assert types.setdefault(spec.name, spec.type) == spec.type
+
+
+def test_the_example_file_is_valid():
+    path = Path(__file__).parents[2] / "examples" / "train-lora.yaml"
+    run = configure(REQUIRED, path)
+    assert run.options.overlong == "truncate"
+    assert run.method_options.alpha == 32

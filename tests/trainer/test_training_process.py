@@ -55,6 +55,8 @@ def test_a_killed_run_goes_on_and_ends_as_if_never_killed(train_process, long_fl
     resumed, expected = weights(long_flags["output"]), weights(whole["output"])
     for name, tensor in expected.items():
         torch.testing.assert_close(resumed[name], tensor, rtol=1e-5, atol=1e-7)
+    configs = [store / "acme/task/1/adapter_config.json" for store in (long_flags["output"], whole["output"])]
+    assert configs[0].read_bytes() == configs[1].read_bytes()
     assert [path.name for path in (long_flags["output"] / "acme" / "task").iterdir()] == ["1"]
 
 
@@ -88,7 +90,7 @@ def test_two_processes_train_what_one_does(train_process, flags, tmp_path):
     ("options", "message"),
     [
         ({"method": "magic"}, "--method: must be one of lora"),
-        ({"data": "missing.jsonl"}, "--data: cannot read missing.jsonl"),
+        ({"data": "missing.jsonl"}, "cannot read the data file missing.jsonl: No such file"),
         ({"output": "/proc/store"}, "--output: /proc/store cannot be written"),
         ({"target-modules": "nope"}, "nope matches no layer"),
     ],

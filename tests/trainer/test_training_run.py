@@ -96,6 +96,8 @@ def test_it_learns(flags):
 def test_a_second_run_is_the_next_version_with_the_same_weights(published, flags):
     again = train(configure(flags))
     assert again.version == 2
+    configs = [(version.path / "adapter_config.json").read_bytes() for version in (published, again)]
+    assert configs[0] == configs[1]
     assert_same(weights(published), weights(again))
 
 

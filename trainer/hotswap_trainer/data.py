@@ -128,7 +128,7 @@ def load(
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"--data: cannot read {path}: {error.strerror}") from error
+        raise DataError(f"cannot read the data file {path}: {error.strerror}") from error
     examples: list[Example] = []
     truncated = dropped = 0
     for number, record in _records(path, content):

@@ -48,5 +48,7 @@ class Method(ABC, Generic[OptionsT]):
         """Write the trained weights and their configuration, naming the base as the user did."""
         for config in model.peft_config.values():
             config.base_model_name_or_path = base
+            if isinstance(getattr(config, "target_modules", None), set):
+                config.target_modules = sorted(config.target_modules)  # the same bytes from the same run
         # PEFT would ask the hub whether the base's vocabulary was changed; the trainer never does that.
         model.save_pretrained(str(directory), save_embedding_layers=False)

@@ -60,8 +60,8 @@ def plot_losses(history: Sequence[Point], path: Path, *, title: str) -> None:
 
 
 def _smoothed(losses: Sequence[float]) -> list[float]:
-    """An exponential moving average that starts at the first loss."""
-    weight = min(0.9, 1 - 1 / max(1.0, len(losses) / 12))
+    """An exponential moving average over a fortieth of the run, so that few points stay as they are."""
+    weight = min(0.9, 1 - 1 / max(1.0, len(losses) / 40))
     smoothed = list(losses)
     for i in range(1, len(losses)):
         smoothed[i] = weight * smoothed[i - 1] + (1 - weight) * losses[i]
