@@ -65,14 +65,12 @@ def run(tokenizer, ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str
 
 
 def random_ids(tokenizer, length: int) -> list[int]:
-    """Any tokens; for word pieces those of a text that is cut somewhere.
-
-    Bytes that are no text have no fixed one there: each depends on all that follow.
-    """
+    """Any tokens; for word pieces those of a text, since bytes that are none have no fixed text there:
+    each depends on all that follow."""
     if tokenizer is not PIECES:
         return random.choices(range(len(tokenizer) + 5), k=length)
     text = "".join(random.choices("the cat日本é🎉s.\n ", k=length))
-    return PIECES(text, add_special_tokens=False).input_ids[:length]
+    return PIECES(text, add_special_tokens=False).input_ids
 
 
 def whole(tokenizer, ids: list[int]) -> str:
