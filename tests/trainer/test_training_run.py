@@ -191,3 +191,20 @@ def test_evaluation_data_of_its_own(flags, tmp_path):
     data = json.loads((published.path / "training.json").read_text())["data"]
     assert (data["train_examples"], data["eval_examples"]) == (40, 1)
     assert data["eval_sha256"] == hashlib.sha256(held_out.read_bytes()).hexdigest()
+
+
+def test_a_store_that_fails_at_the_end_costs_no_training(flags, monkeypatch, capsys):
+    from hotswap_trainer import run
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "publish", fail)
+        with pytest.raises(OptionError, match=r"--output: .*disk full.*same command again"):
+            train(configure(flags))
+    published = train(configure(flags))
+    assert "at step 6" in capsys.readouterr().err
+    assert published.report.outcome.num_steps == 6
+    flags["work_dir"] = flags["work_dir"] / "other"
+    assert_same(weights(published), weights(train(configure(flags))))

@@ -44,6 +44,20 @@ class StopOnDivergence(TrainerCallback):
                 )
 
 
+class AlreadyFinished(Exception):
+    """The checkpoint that a run was to go on from is its last one."""
+
+
+class NoStepTooMany(TrainerCallback):
+    """Raises `AlreadyFinished`, once the checkpoint is loaded: the Trainer would make one more step."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise AlreadyFinished
+
+
 class CompleteCheckpoints(TrainerCallback):
     """Marks each checkpoint once all of its files are written, with the training time so far."""
 

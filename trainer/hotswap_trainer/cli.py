@@ -38,7 +38,7 @@ def train(config: Path | None = None, **flags: Any) -> None:
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         console.print(
-            "Interrupted. The same command goes on from the last checkpoint (--no-resume starts again)."
+            "Interrupted. The same command goes on from the last checkpoint, if there is one already."
         )
         raise typer.Exit(_INTERRUPTED) from None
     if published is not None:
@@ -92,7 +92,7 @@ def _parameter(spec: OptionSpec, owners: list[str]) -> inspect.Parameter:
         None,
         *names,
         help=help_text,
-        metavar=None if spec.type is bool else spec.metavar,
+        metavar="" if spec.type is bool else spec.metavar,
         show_default=False,
         rich_help_panel=f"Method {', '.join(owners)}" if owners else spec.group,
     )

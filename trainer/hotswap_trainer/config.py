@@ -47,7 +47,7 @@ class TrainOptions:
 
     epochs: float = option(3.0, help="Passes over the data.", group=OPTIMISATION)
     max_steps: int | None = option(None, help="Optimiser steps, instead of --epochs.", group=OPTIMISATION)
-    batch_size: int = option(8, help="Examples per process and step.", group=OPTIMISATION)
+    batch_size: int = option(4, help="Examples per process and step.", group=OPTIMISATION)
     accumulation: int = option(1, help="Batches whose gradients make one step.", group=OPTIMISATION)
     learning_rate: float | None = option(
         None, help="Peak learning rate; by default the method's.", short="--lr", group=OPTIMISATION

@@ -7,6 +7,7 @@ import math
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,13 @@ from transformers import (
 )
 
 from hotswap_trainer.batching import Collator, EpochSampler, ExampleDataset, completion_loss
-from hotswap_trainer.callbacks import CompleteCheckpoints, ProgressBar, StopOnDivergence
+from hotswap_trainer.callbacks import (
+    AlreadyFinished,
+    CompleteCheckpoints,
+    NoStepTooMany,
+    ProgressBar,
+    StopOnDivergence,
+)
 from hotswap_trainer.config import Run
 from hotswap_trainer.data import Example
 from hotswap_trainer.workdir import Checkpoint
@@ -96,14 +103,15 @@ def fit(
         train_dataset=ExampleDataset(train),
         eval_dataset=ExampleDataset(evaluation) if evaluation else None,
         compute_loss_func=completion_loss,
-        callbacks=[StopOnDivergence(), clock, _NextOrder(sampler)],
+        callbacks=[NoStepTooMany(), StopOnDivergence(), clock, _NextOrder(sampler)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if trainer.is_world_process_zero():
         trainer.add_callback(bar)
     try:
-        trainer.train(resume_from_checkpoint=str(resume_from.path) if resume_from else None)
+        with suppress(AlreadyFinished):
+            trainer.train(resume_from_checkpoint=str(resume_from.path) if resume_from else None)
         if evaluation and not any(
             "eval_loss" in entry and entry["step"] == trainer.state.global_step
             for entry in trainer.state.log_history
