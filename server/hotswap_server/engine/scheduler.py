@@ -17,7 +17,7 @@ class AdapterResidency(Protocol):
     """Where the scheduler gets slots from; never waits."""
 
     def try_acquire(self, ref: AdapterRef) -> int | None:
-        """A slot that holds `ref`, kept until `release`; None while it is not there yet, its load having begun.
+        """A slot that holds `ref`, kept until `release`; None while it is not there, its load having begun.
 
         Raises:
             HotswapError: it cannot be loaded.
@@ -123,19 +123,24 @@ class Scheduler:
     def _admit(
         self, batch: list[Scheduled], budget: int, failed: list[tuple[Sequence, HotswapError]]
     ) -> None:
+        broken: dict[AdapterRef | None, HotswapError] = {}
         for sequence in list(self.waiting):
             if budget == 0 or len(self.running) >= self._max_batch_size:
                 return
             try:
+                # All that waited for a load share its failure, or each would wait for one of its own.
+                if error := broken.get(sequence.request.adapter):
+                    raise error
                 ready = self._acquire_adapter(sequence)
             except HotswapError as error:
+                broken[sequence.request.adapter] = error
                 self.waiting.remove(sequence)
                 failed.append((sequence, error))
                 continue
             if not ready:
                 sequence.enter(Stage.LOADING)
                 continue
-            # The whole prompt must fit now, and with others running a page more, lest it is preempted at once.
+            # The whole prompt must fit now, and with others running a page more, or it is preempted at once.
             needed = self._cache.pages_for(sequence.num_tokens) + (1 if self.running else 0)
             if needed > self._cache.pages.num_free:
                 # Nobody overtakes: smaller requests would starve a large one.
