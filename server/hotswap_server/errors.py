@@ -1,4 +1,4 @@
-"""Errors a caller can cause. Each names the field and the remedy; `grpc/status.py` maps them to gRPC codes."""
+"""Errors a caller can cause. Each names field and remedy; `grpc/status.py` maps them to gRPC codes."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ class AdapterInUseError(HotswapError):
     """The operation must wait until requests that use the adapter have finished."""
 
     reason = "ADAPTER_IN_USE"
+
+
+class RequestCancelledError(HotswapError):
+    """The caller left before the request was finished; recorded, never sent."""
+
+    reason = "CANCELLED"
 
 
 class AdapterUnloadedError(HotswapError):

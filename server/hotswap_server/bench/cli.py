@@ -59,7 +59,8 @@ def _measure(
 
     torch.manual_seed(seed)
     device = torch.device("cpu")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.eval()
     write_adapters(model, store, cases, shape.rank)
     chosen = select_kernels(device, torch.float32, kernels)
     base = load_base(path, kernels=chosen, device=device, dtype=torch.float32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from hotswap_server.bench.workload import Case, Run
 from hotswap_server.core import Delta, Event, Failed, GenerateRequest, SamplingParams
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.engine import Engine
+
+_Timed = queue.SimpleQueue[tuple[int, float, Event]]
 
 
 class EngineSide:
@@ -45,12 +48,12 @@ class EngineSide:
             for request in range(case.requests)
         ]
         sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
-        events: queue.SimpleQueue[tuple[int, float, Event]] = queue.SimpleQueue()
+        events: _Timed = queue.SimpleQueue()
         started = time.perf_counter()
         for index, (prompt, ref) in enumerate(zip(prompts, refs, strict=True)):
             self._sent += 1
             request = GenerateRequest(f"bench-{self._sent}", tuple(prompt), sampling, ref)
-            self._engine.submit(request, lambda event, i=index: events.put((i, time.perf_counter(), event)))
+            self._engine.submit(request, partial(_note, events, index))
         tokens: list[list[int]] = [[] for _ in prompts]
         times: list[list[float]] = [[] for _ in prompts]
         left = len(prompts)
@@ -69,3 +72,7 @@ class EngineSide:
             inter_token=[b - a for at in times for a, b in itertools.pairwise(at)],
             tokens=tokens,
         )
+
+
+def _note(events: _Timed, index: int, event: Event) -> None:
+    events.put((index, time.perf_counter(), event))

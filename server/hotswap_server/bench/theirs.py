@@ -16,6 +16,8 @@ class StaticBatchSide:
     """`generate` on all prompts at once; with adapters through PEFT's `adapter_names`."""
 
     def __init__(self, model: Any, store: Path) -> None:
+        # Both sides go on after an end-of-sequence token, so that all runs are of one length.
+        model.generation_config.eos_token_id = None
         self._model = model
         self._store = store
         self._wrapped: Any = None
@@ -48,7 +50,6 @@ class StaticBatchSide:
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
-                min_new_tokens=new_tokens,
                 do_sample=False,
                 stopping_criteria=[clock],
                 **options,

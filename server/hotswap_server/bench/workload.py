@@ -81,7 +81,7 @@ def write_adapters(model: Any, store: Path, cases: list[Case], rank: int) -> Non
         for index in range(case.adapters):
             config = LoraConfig(r=rank, target_modules=list(case.targets), init_lora_weights=False)
             wrapped = get_peft_model(model, config)
-            wrapped.save_pretrained(store / adapter_name(case.targets, index))
+            wrapped.save_pretrained(str(store / adapter_name(case.targets, index)))
             wrapped.unload()
 
 

@@ -83,7 +83,7 @@ def _trace_attention(
     unknown = {name for name, given in kwargs.items() if given is not None} - _KNOWN
     if unknown:
         raise BaseModelError(
-            f"base: its attention uses {', '.join(sorted(unknown))}, which the paged attention does not implement"
+            f"base: its attention uses {', '.join(sorted(unknown))}, which paged attention does not implement"
         )
     if value.shape != key.shape:
         raise BaseModelError("base: keys and values of different head sizes are not supported")

@@ -1,4 +1,4 @@
-"""The base model: loaded through transformers, traced once, and fitted with the engine's attention and linears."""
+"""The base model: loaded through transformers, traced, and fitted with our attention and linears."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_base(path: Path, *, kernels: Kernels, device: torch.device, dtype: torc
     from transformers import AutoModelForCausalLM
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"base: transformers cannot load a causal LM from it: {error}") from error
     return prepare_base(model.to(device), kernels=kernels)
@@ -72,7 +72,7 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
     model.eval().requires_grad_(False)
     parameter = next(model.parameters())
     linears, sites = _trace(model)
-    shapes = {name: tuple(module.weight.shape) for group in linears for name, module in group}
+    shapes = {name: (module.out_features, module.in_features) for group in linears for name, module in group}
     head = model.get_output_embeddings()  # type: ignore[operator]
     names = {module: name for name, module in model.named_modules()}
     groups = []
@@ -115,7 +115,7 @@ def _check_supported(config: Any) -> None:
 
 
 def _trace(model: nn.Module) -> tuple[list[list[tuple[str, nn.Linear]]], list[AttentionSite]]:
-    """Linears of the decoder in groups that were given the very same tensor, and the attention calls in order."""
+    """The decoder's linears, in groups that were given the very same tensor, and its attention calls."""
     head = model.get_output_embeddings()  # type: ignore[operator]
     calls: list[tuple[str, nn.Linear, torch.Tensor]] = []
     handles = []

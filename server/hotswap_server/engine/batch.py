@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence as Entries
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ def token_slots(index: np.ndarray, device: torch.device) -> TokenSlots:
     edges = [0, *bounds.tolist(), len(index)]
     long = tuple(
         Segment(start, stop, int(index[start]))
-        for start, stop in zip(edges, edges[1:], strict=False)
+        for start, stop in itertools.pairwise(edges)
         if stop - start >= _LONG_RUN and index[start] >= 0
     )
     rest = index.copy() if long else index

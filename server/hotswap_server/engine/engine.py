@@ -14,27 +14,21 @@ import torch
 
 from hotswap_server.core import (
     AdapterRef,
-    Delta,
     Event,
-    Failed,
-    Finished,
-    FinishReason,
     GenerateRequest,
-    Scored,
     ScoreRequest,
 )
+from hotswap_server.engine.admission import admit
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import BatchBuilder
-from hotswap_server.engine.detokenizer import Detokenizer
+from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.kv_cache import PagedKVCache
-from hotswap_server.engine.observer import EngineObserver, NullObserver, RequestRecord, StepRecord
+from hotswap_server.engine.observer import EngineObserver, NullObserver, StepRecord
 from hotswap_server.engine.runner import ModelRunner
-from hotswap_server.engine.sampler import Sampled, SamplingRow, describe_logprob, sample
-from hotswap_server.engine.scheduler import AdapterResidency, Plan, Scheduled, Scheduler
+from hotswap_server.engine.scheduler import AdapterResidency, Plan, Scheduler
 from hotswap_server.engine.sequence import EventSink, Sequence, Stage
 from hotswap_server.errors import (
     AdapterUnloadedError,
-    CapacityError,
     DrainingError,
     EngineError,
     InvalidRequestError,
@@ -131,7 +125,7 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._woken = False
-        self._outbox: list[tuple[EventSink, Event]] = []
+        self._collector = Collector(base.eos_token_ids, self._end, self._observer)
         self._thread = threading.Thread(target=self._loop, name="hotswap-engine", daemon=True)
 
     def start(self) -> None:
@@ -160,11 +154,13 @@ class Engine:
         """Queue a request; its events go to `sink` through `post`.
 
         Raises:
-            InvalidRequestError: the prompt is empty, too long, or holds a token outside the vocabulary.
+            InvalidRequestError: see `admit`.
             OverloadedError: the queue is full.
             DrainingError: the engine takes no more requests.
         """
-        sequence = self._sequence(request, sink)
+        sequence = admit(
+            request, sink, self.tokenizer, max_context=self.max_context, vocab_size=self.base.vocab_size
+        )
         with self._changed:
             if self._draining:
                 raise DrainingError("the server is shutting down; send the request to another one")
@@ -199,46 +195,17 @@ class Engine:
     def idle(self) -> bool:
         return not self._sequences and not self._inbox
 
-    def _sequence(self, request: GenerateRequest | ScoreRequest, sink: EventSink) -> Sequence:
-        length, limit = len(request.prompt_ids), self.max_context
-        if length == 0:
-            raise InvalidRequestError("prompt", "must hold at least one token")
-        room = 0 if isinstance(request, ScoreRequest) else 1
-        if length + room > limit:
-            raise InvalidRequestError(
-                "prompt", f"has {length} tokens; this server takes {limit - room} at most. Shorten it"
-            )
-        bad = next((token for token in request.prompt_ids if not 0 <= token < self.base.vocab_size), None)
-        if bad is not None:
-            raise InvalidRequestError(
-                "token_ids", f"{bad} is outside the vocabulary of {self.base.vocab_size}"
-            )
-        if isinstance(request, ScoreRequest):
-            if not 1 <= request.score_from < length:
-                raise InvalidRequestError(
-                    "text", "must hold a token to score after the first one or the context"
-                )
-            return Sequence(request, sink, max_new_tokens=0)
-        asked = request.sampling.max_new_tokens
-        most = limit - length
-        return Sequence(
-            request,
-            sink,
-            max_new_tokens=most if asked is None else min(asked, most),
-            detokenizer=Detokenizer(self.tokenizer, request.sampling.stop),
-        )
-
     def _loop(self) -> None:
         with torch.inference_mode():
             while True:
                 with self._changed:
-                    if self._stopping:
-                        break
                     self._woken = False
                     self._take_messages()
+                    if self._stopping:
+                        break
                 plan = self._scheduler.schedule()
                 for sequence, error in plan.failed:
-                    self._fail(sequence, error)
+                    self._collector.fail(sequence, error)
                 if plan.batch:
                     self._step(plan)
                 self._flush()
@@ -246,10 +213,9 @@ class Engine:
                     with self._changed:
                         self._changed.wait_for(lambda: self._inbox or self._woken or self._stopping)
         for sequence in list(self._sequences.values()):
-            self._fail(sequence, DrainingError("the server shut down before the request was finished"))
-        for message in self._inbox:
-            if isinstance(message, Sequence):
-                self._outbox.append((message.sink, Failed(DrainingError("the server shut down"))))
+            self._collector.fail(
+                sequence, DrainingError("the server shut down before the request was finished")
+            )
         self._flush()
 
     def _take_messages(self) -> None:
@@ -260,24 +226,24 @@ class Engine:
                 self._scheduler.add(message)
             elif isinstance(message, AdapterRef):
                 for sequence in [s for s in self._sequences.values() if s.request.adapter == message]:
-                    self._fail(
+                    self._collector.fail(
                         sequence, AdapterUnloadedError(f"{message} was unloaded while the request ran")
                     )
-            elif (sequence := self._sequences.pop(message, None)) is not None:
-                self._scheduler.remove(sequence)
+            elif (gone := self._sequences.get(message)) is not None:
+                self._collector.cancel(gone)
 
     def _step(self, plan: Plan) -> None:
         started = time.perf_counter()
         try:
             inputs = self._builder.build(plan.batch)
             logits = self._runner.run(inputs)
-            self._collect(plan.batch, inputs.rows_per_entry, logits)
+            self._collector.collect(plan.batch, inputs.rows_per_entry, logits)
         except Exception:
             _log.exception("step_failed", batch_size=len(plan.batch))
             error = EngineError("the engine failed while it computed this request; see the server's log")
             for entry in plan.batch:
                 if entry.sequence.id in self._sequences:
-                    self._fail(entry.sequence, error)
+                    self._collector.fail(entry.sequence, error)
             return
         decode = sum(entry.num_new == 1 for entry in plan.batch)
         adapters = {entry.sequence.request.adapter for entry in plan.batch} - {None}
@@ -296,117 +262,11 @@ class Engine:
             )
         )
 
-    def _collect(self, batch: list[Scheduled], rows_per_entry: list[int], logits: torch.Tensor) -> None:
-        offset = 0
-        sampling_rows: list[SamplingRow] = []
-        indices: list[int] = []
-        generating: list[Sequence] = []
-        for entry, count in zip(batch, rows_per_entry, strict=True):
-            sequence = entry.sequence
-            first = sequence.num_computed
-            sequence.num_computed += entry.num_new
-            if isinstance(sequence.request, ScoreRequest):
-                self._score(sequence, sequence.request, first, logits[offset : offset + count])
-            elif count:
-                indices.append(offset)
-                generating.append(sequence)
-                sampling_rows.append(
-                    SamplingRow(sequence.sampling, sequence.seed, sequence.num_generated, sequence.token_ids)
-                )
-            offset += count
-        chosen = sample(logits if len(indices) == offset else logits[indices], sampling_rows)
-        for sequence, sampled in zip(generating, chosen, strict=True):
-            if sampled is None:
-                self._fail(
-                    sequence, EngineError(f"adapter {sequence.request.adapter or 'base'} gave NaN logits")
-                )
-            else:
-                self._append(sequence, sampled)
-
-    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
-        now = time.perf_counter()
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-        elif sequence.last_token_at is not None:
-            sequence.inter_token.append(now - sequence.last_token_at)
-        sequence.last_token_at = now
-        sequence.enter(Stage.DECODE)
-        token = sampled.token_id
-        sequence.token_ids.append(token)
-        params, detokenizer = sequence.sampling, sequence.detokenizer
-        if detokenizer is None:
-            raise RuntimeError("a generation has a detokenizer")
-        stop_token = token in params.stop_token_ids or (
-            not params.ignore_eos and token in self.base.eos_token_ids
-        )
-        text, found = ("", False) if stop_token else detokenizer.add(token)
-        reason: FinishReason | None = None
-        if stop_token:
-            reason = FinishReason.STOP_TOKEN
-        elif found:
-            reason = FinishReason.STOP_STRING
-        elif sequence.num_generated >= sequence.max_new_tokens:
-            reason = FinishReason.LENGTH
-        if reason is not None and not found:
-            text += detokenizer.finish()
-        logprobs = () if sampled.logprob is None else (sampled.logprob,)
-        self._outbox.append((sequence.sink, Delta((token,), text, logprobs)))
-        if reason is not None:
-            self._finish(sequence, reason)
-
-    def _score(self, sequence: Sequence, request: ScoreRequest, first: int, logits: torch.Tensor) -> None:
-        position = max(first, request.score_from - 1)
-        for row in logits:
-            target = request.prompt_ids[position + 1]
-            sequence.scored.append(describe_logprob(row.log_softmax(dim=-1), target, request.top_logprobs))
-            position += 1
-        if sequence.num_uncomputed == 0:
-            self._end(sequence)
-            scored = Scored(
-                tuple(sequence.scored), sequence.num_prompt_tokens, sequence.path, sequence.timings
-            )
-            self._outbox.append((sequence.sink, scored))
-            self._record(sequence, None, None)
-
-    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
-        self._end(sequence)
-        finished = Finished(
-            finish_reason=reason,
-            num_prompt_tokens=sequence.num_prompt_tokens,
-            num_generated_tokens=sequence.num_generated,
-            path=sequence.path,
-            timings=sequence.timings,
-        )
-        self._outbox.append((sequence.sink, finished))
-        self._record(sequence, reason, None)
-
-    def _fail(self, sequence: Sequence, error: Exception) -> None:
-        self._end(sequence)
-        self._outbox.append((sequence.sink, Failed(error)))
-        self._record(sequence, None, error)
-
     def _end(self, sequence: Sequence) -> None:
         sequence.enter(Stage.DECODE)
         self._scheduler.remove(sequence)
-        self._sequences.pop(sequence.id, None)
-
-    def _record(self, sequence: Sequence, reason: FinishReason | None, error: Exception | None) -> None:
-        first = sequence.first_token_at
-        self._observer.finished(
-            RequestRecord(
-                method=sequence.method,
-                path=sequence.path,
-                finish_reason=reason,
-                error=error,
-                num_prompt_tokens=sequence.num_prompt_tokens,
-                num_generated_tokens=sequence.num_generated,
-                timings=sequence.timings,
-                ttft=None if first is None else first - sequence.arrived,
-                inter_token=tuple(sequence.inter_token),
-            )
-        )
+        del self._sequences[sequence.id]
 
     def _flush(self) -> None:
-        if self._outbox:
-            events, self._outbox = self._outbox, []
+        if events := self._collector.take():
             self._post(events)

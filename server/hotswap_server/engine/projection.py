@@ -12,7 +12,7 @@ from hotswap_server.kernels import Kernels, Projection
 
 
 class ProjectionDelta(Protocol):
-    """What a method adds to a group's output, in place: x [tokens, in_features], out [tokens, sum of widths]."""
+    """What a method adds to a group's output, in place: x [tokens, in_features], out [tokens, widths]."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
 

@@ -18,7 +18,7 @@ class ModelRunner:
         base.state.value_caches = cache.values
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
-        """Logits [rows, vocabulary] in float32 of `inputs.logit_rows`; new keys and values go to their pages."""
+        """Logits [rows, vocabulary] in float32 of `inputs.logit_rows`; keys and values go to their pages."""
         state = self._base.state
         state.layout, state.slots = inputs.layout, inputs.slots
         try:

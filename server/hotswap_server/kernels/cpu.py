@@ -60,7 +60,8 @@ class OneDnnProjection:
         return out
 
     def weight(self) -> torch.Tensor:
-        return self._packed.to_dense()
+        dense: torch.Tensor = self._packed.to_dense()
+        return dense
 
 
 class OneDnnKernels(ReferenceKernels):

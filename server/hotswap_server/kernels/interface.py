@@ -22,8 +22,9 @@ class Segment:
 class TokenSlots:
     """Which row of one method's bank each token uses.
 
-    `index` is [tokens] int32, -1 where the token has no adapter of this method. `long` are runs of tokens that
-    pay for a matrix product of their own; `rest` is `index` without them (-1 there), None when nothing remains.
+    `index` is [tokens] int32, -1 where the token has no adapter of this method. `long` are runs of tokens
+    that pay for a matrix product of their own; `rest` is `index` without them (-1 there), None when nothing
+    remains.
     """
 
     index: torch.Tensor
@@ -65,8 +66,8 @@ class AttentionLayout:
     """Where the sequences of a step are.
 
     The first `num_decode` sequences have one query token each, and those tokens come first in the batch.
-    `block_table` [sequences, max_pages] int32; `context` [sequences] int32 counts the tokens a sequence's last
-    query sees, itself included; `query_starts` has the sequences' first token and the end, as Python ints.
+    `block_table` [sequences, max_pages] int32; `context` [sequences] int32 counts the tokens that a
+    sequence's last query sees, itself included; `query_starts` has the first token of each, and the end.
     `token_pages` and `token_offsets` [tokens] int64 say where the keys and values of the new tokens go.
     """
 

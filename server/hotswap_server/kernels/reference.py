@@ -1,4 +1,4 @@
-"""The torch form of every kernel: for any device and dtype, and the twin that faster forms are tested against."""
+"""The torch form of every kernel: any device and dtype, the twin that faster forms are tested against."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def attend_sequence(
     window: int | None,
     softcap: float | None,
 ) -> torch.Tensor:
-    """Causal attention of the last `query` [tokens, heads, head_dim] positions over [kv_heads, context, head_dim]."""
+    """Causal attention of the last [tokens, heads, head_dim] positions over [kv_heads, context, head_dim]."""
     num_queries, context = query.shape[0], keys.shape[1]
     past = context - num_queries
     whole = past == 0 and (window is None or window >= context)

@@ -33,6 +33,6 @@ def select_kernels(device: torch.device, dtype: torch.dtype, name: str = "auto")
         return NativeKernels(library)
     if name == "native":
         raise InvalidRequestError("kernels", "native needs a C compiler: install gcc, or use 'auto'")
-    if torch.backends.mkldnn.is_available():
+    if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return OneDnnKernels()
     return ReferenceKernels()

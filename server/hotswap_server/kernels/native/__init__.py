@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -80,7 +81,7 @@ def _cache_dir() -> Path:
 
 
 def _processor() -> str:
-    """What `-march=native` depends on: the processor's feature flags, since a home may be shared by machines."""
+    """What `-march=native` depends on: the processor's features, since machines may share a home."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -89,16 +90,15 @@ def _processor() -> str:
 
 
 def _declare(library: ctypes.CDLL) -> None:
-    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    library.hotswap_linear.argtypes = [pointer] * 4 + [integer] * 4
-    library.hotswap_paged_attention.argtypes = [
-        *[pointer, integer, integer, pointer, pointer, pointer, integer, pointer, pointer],
-        *[integer] * 6,
-        *[number, number, integer],
-    ]
-    library.hotswap_write_cache.argtypes = [pointer, integer, integer, pointer, pointer, pointer] + [
-        integer
-    ] * 4
-    library.hotswap_lora.argtypes = [pointer] * 8 + [integer] * 6
-    for name in ("linear", "paged_attention", "write_cache", "lora"):
-        getattr(library, f"hotswap_{name}").restype = None
+    """Arguments as in the C sources: p is a pointer, i an int64, f a float."""
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float}
+    signatures = {
+        "hotswap_linear": "pppp iiii",
+        "hotswap_paged_attention": "pii ppp i pp iiiiii ff i",
+        "hotswap_write_cache": "pii ppp iiii",
+        "hotswap_lora": "pppppppp iiiiii",
+    }
+    for name, signature in signatures.items():
+        function = getattr(library, name)
+        function.argtypes = [kinds[kind] for kind in signature.replace(" ", "")]
+        function.restype = None

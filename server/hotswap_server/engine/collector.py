@@ -1,0 +1,141 @@
+"""What a step gave: tokens to their sequences, events to whoever waits for them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from hotswap_server.core import Delta, Event, Failed, Finished, FinishReason, Scored, ScoreRequest
+from hotswap_server.engine.observer import EngineObserver, RequestRecord
+from hotswap_server.engine.sampler import Sampled, SamplingRow, describe_logprob, sample
+from hotswap_server.engine.scheduler import Scheduled
+from hotswap_server.engine.sequence import EventSink, Sequence, Stage
+from hotswap_server.errors import EngineError, RequestCancelledError
+
+
+class Collector:
+    """Samples, appends, and decides what ends. `end` must take a sequence out of the engine."""
+
+    def __init__(
+        self, eos_token_ids: frozenset[int], end: Callable[[Sequence], None], observer: EngineObserver
+    ) -> None:
+        self._eos_token_ids = eos_token_ids
+        self._end = end
+        self._observer = observer
+        self._events: list[tuple[EventSink, Event]] = []
+
+    def take(self) -> list[tuple[EventSink, Event]]:
+        """The events since the last call, in order."""
+        events, self._events = self._events, []
+        return events
+
+    def collect(self, batch: list[Scheduled], rows_per_entry: list[int], logits: torch.Tensor) -> None:
+        """Use the `logits` [rows, vocabulary] of a step, of which each entry has its count in order."""
+        indices: list[int] = []
+        generating: list[Sequence] = []
+        offset = 0
+        for entry, count in zip(batch, rows_per_entry, strict=True):
+            sequence = entry.sequence
+            first = sequence.num_computed
+            sequence.num_computed += entry.num_new
+            if isinstance(sequence.request, ScoreRequest):
+                self._score(sequence, sequence.request, first, logits[offset : offset + count])
+            elif count:
+                indices.append(offset)
+                generating.append(sequence)
+            offset += count
+        rows = [SamplingRow(s.sampling, s.seed, s.num_generated, s.token_ids) for s in generating]
+        chosen = sample(logits if len(indices) == offset else logits[indices], rows)
+        for sequence, sampled in zip(generating, chosen, strict=True):
+            if sampled is None:
+                who = sequence.request.adapter or "the base"
+                self.fail(sequence, EngineError(f"{who} gave no finite logits for this input"))
+            else:
+                self._append(sequence, sampled)
+
+    def fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence with an error."""
+        self._end(sequence)
+        self._events.append((sequence.sink, Failed(error)))
+        self._record(sequence, None, error)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence that nobody waits for any more."""
+        self._end(sequence)
+        self._record(sequence, None, RequestCancelledError("the caller left"))
+
+    def _append(self, sequence: Sequence, sampled: Sampled) -> None:
+        now = time.perf_counter()
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
+        else:
+            sequence.inter_token.append(now - sequence.last_token_at)
+        sequence.last_token_at = now
+        sequence.enter(Stage.DECODE)
+        token, detokenizer = sampled.token_id, sequence.detokenizer
+        sequence.token_ids.append(token)
+        if detokenizer is None:
+            raise RuntimeError("a generation has a detokenizer")
+        text, reason = "", None
+        if self._is_stop_token(sequence, token):
+            reason = FinishReason.STOP_TOKEN
+        else:
+            text, found = detokenizer.add(token)
+            if found:
+                reason = FinishReason.STOP_STRING
+            elif sequence.num_generated >= sequence.max_new_tokens:
+                reason = FinishReason.LENGTH
+        if reason in (FinishReason.STOP_TOKEN, FinishReason.LENGTH):
+            text += detokenizer.finish()
+        logprobs = () if sampled.logprob is None else (sampled.logprob,)
+        self._events.append((sequence.sink, Delta((token,), text, logprobs)))
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _is_stop_token(self, sequence: Sequence, token: int) -> bool:
+        params = sequence.sampling
+        return token in params.stop_token_ids or (not params.ignore_eos and token in self._eos_token_ids)
+
+    def _score(self, sequence: Sequence, request: ScoreRequest, first: int, logits: torch.Tensor) -> None:
+        position = max(first, request.score_from - 1)
+        for row in logits:
+            target = request.prompt_ids[position + 1]
+            sequence.scored.append(describe_logprob(row.log_softmax(dim=-1), target, request.top_logprobs))
+            position += 1
+        if sequence.num_uncomputed == 0:
+            self._end(sequence)
+            scored = Scored(
+                tuple(sequence.scored), sequence.num_prompt_tokens, sequence.path, sequence.timings
+            )
+            self._events.append((sequence.sink, scored))
+            self._record(sequence, None, None)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason) -> None:
+        self._end(sequence)
+        finished = Finished(
+            finish_reason=reason,
+            num_prompt_tokens=sequence.num_prompt_tokens,
+            num_generated_tokens=sequence.num_generated,
+            path=sequence.path,
+            timings=sequence.timings,
+        )
+        self._events.append((sequence.sink, finished))
+        self._record(sequence, reason, None)
+
+    def _record(self, sequence: Sequence, reason: FinishReason | None, error: Exception | None) -> None:
+        first = sequence.first_token_at
+        self._observer.finished(
+            RequestRecord(
+                method=sequence.method,
+                path=sequence.path,
+                finish_reason=reason,
+                error=error,
+                num_prompt_tokens=sequence.num_prompt_tokens,
+                num_generated_tokens=sequence.num_generated,
+                timings=sequence.timings,
+                ttft=None if first is None else first - sequence.arrived,
+                inter_token=tuple(sequence.inter_token),
+            )
+        )
