@@ -50,8 +50,7 @@ class Collector:
         chosen = sample(logits if len(indices) == offset else logits[indices], rows)
         for sequence, sampled in zip(generating, chosen, strict=True):
             if sampled is None:
-                who = sequence.request.adapter or "the base"
-                self.fail(sequence, EngineError(f"{who} gave no finite logits for this input"))
+                self._fail_without_logits(sequence)
             else:
                 self._append(sequence, sampled)
 
@@ -65,6 +64,10 @@ class Collector:
         """End a sequence that nobody waits for any more."""
         self._end(sequence)
         self._record(sequence, None, RequestCancelledError("the caller left"))
+
+    def _fail_without_logits(self, sequence: Sequence) -> None:
+        who = sequence.request.adapter or "the base"
+        self.fail(sequence, EngineError(f"{who} gave no finite logits for this input"))
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         now = time.perf_counter()
@@ -99,6 +102,9 @@ class Collector:
         return token in params.stop_token_ids or (not params.ignore_eos and token in self._eos_token_ids)
 
     def _score(self, sequence: Sequence, request: ScoreRequest, first: int, logits: torch.Tensor) -> None:
+        if not logits.amax(dim=-1).isfinite().all():
+            self._fail_without_logits(sequence)
+            return
         position = max(first, request.score_from - 1)
         for row in logits:
             target = request.prompt_ids[position + 1]
