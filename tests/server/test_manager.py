@@ -166,6 +166,25 @@ def test_unload_of_what_is_being_loaded(manager, monkeypatch):
     assert manager.slot_counts() == {"lora": (0, 3)}
 
 
+def test_the_engine_is_called_without_the_manager_s_lock(manager):
+    """The engine calls back under its own lock, so holding both in either order would be a deadlock."""
+    free = []
+
+    def look(*args: AdapterRef) -> None:
+        other = threading.Thread(target=manager.users)
+        other.start()
+        other.join(SOON_S)
+        free.append(not other.is_alive())
+
+    ref, _ = acquire(manager, "a")
+    manager.cancel_users = manager.on_change = look
+    left = manager.unload("acme/a", None, cancel=True)
+    assert free == [True]
+    manager.release(ref)
+    assert left.result(SOON_S) == 1
+    assert free == [True, True]
+
+
 def test_unload_that_cancels_ends_the_requests(llama_base, tokenizer, store):
     with Running(llama_base, tokenizer, store) as running:
         mine = running.generate(PROMPT, "acme/a", max_new_tokens=900)
