@@ -10,6 +10,8 @@ INSTALLED := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Further arguments of demo, bench and the tests, as in: make test ARGS="tests/client -x"
 ARGS ?=
+# Tests find the environment's commands, buf among them, as if it were activated, and ask no model hub.
+TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1
 # What `make lock` starts from; everything else takes its newest release.
 TORCH ?= 2.13.0
 
@@ -26,11 +28,11 @@ demo: $(INSTALLED) ## Train three adapters, serve them, and ask all three in one
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests but the slow ones.
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m "not slow" $(ARGS)
+	$(TEST_ENV) $(BIN)/pytest -m "not slow" $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the slow tests: minutes each, some want a quiet machine.
-	HF_HUB_OFFLINE=1 $(BIN)/pytest -m slow $(ARGS)
+	$(TEST_ENV) $(BIN)/pytest -m slow $(ARGS)
 
 .PHONY: check
 check: $(INSTALLED) ## Check format, lint, types, the wire contract and its generated code.
