@@ -7,7 +7,7 @@ import torch
 from hotswap_server.engine.base import load_base
 from hotswap_server.kernels import select_kernels
 from support.adapters import ALL_LINEARS, Oracle, write_lora
-from support.models import explain, generate_greedily
+from support.models import explain, next_logits
 from support.running import Running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,14 +21,12 @@ ADAPTERS = {
         "layers_to_transform": [0, 3, 29],
         "rank_pattern": {"o_proj": 3},
     },
-    "blue/regex": {"r": 16, "lora_alpha": 16, "target_modules": r".*\.[12]\d\..*(q|up)_proj"},
 }
 TEXTS = (
     "The capital of France is",
     "def fibonacci(n):\n",
     "Once upon a time, in a small village by the sea, there lived",
     "<|im_start|>user\nName three colours.<|im_end|>\n<|im_start|>assistant\n",
-    "1, 1, 2, 3, 5, 8,",
 )
 
 
@@ -90,7 +88,8 @@ def test_a_mixed_batch_gets_peft_s_tokens(base, smol_tokenizer, store, oracle):
         assert got == expected, f"{user}: " + explain(oracle.model(user), prompt, expected, got)
         answers.append(expected)
         if user is not None:
-            assert expected != generate_greedily(oracle.model(None), prompt, new_tokens)
+            adapted = next_logits(oracle.model(user), prompt)
+            assert (adapted - next_logits(oracle.model(None), prompt)).abs().max() > 0.1
     assert "Paris" in smol_tokenizer.decode(answers[0])
 
 
