@@ -84,6 +84,17 @@ def test_a_token_is_the_same_in_every_batch_of_single_tokens(bank):
         assert torch.equal(alone[0], together[token])
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_over_a_thousand(name):
+    rank = 1500
+    a, b = torch.randn(1, 1, rank, 8) * 0.1, torch.randn(1, rank, 8) * 0.1
+    bank = GroupedLora(a, (b,), torch.tensor([[rank]], dtype=torch.int32), (8,), (0,))
+    x, out = torch.randn(2, 8), torch.zeros(2, 8)
+    kernels = select_kernels(CPU, torch.float32, name)
+    kernels.lora(x, bank, token_slots(np.zeros(2, np.int32), CPU), out)
+    torch.testing.assert_close(out, x @ a[0, 0].t() @ b[0], atol=1e-4, rtol=1e-4)
+
+
 def test_long_runs_are_split_off():
     slots = token_slots(np.array([1, 2, *[3] * 16, *[-1] * 20, 3, *[0] * 17], np.int32), CPU)
     assert slots.long == (Segment(2, 18, 3), Segment(39, 56, 0))

@@ -11,6 +11,7 @@ from hotswap_server.kernels.reference import ReferenceKernels, attend_sequence, 
 
 _PANEL = 16  # output features per packed panel, as in native.h
 _MAX_HEAD_DIM = 512  # attention.c's accumulator
+_MAX_RANK = 1024  # lora.c's
 _PACK_BATCH_HINT = 16  # oneDNN picks a weight layout for this many rows
 
 
@@ -151,6 +152,9 @@ class NativeKernels(ReferenceKernels):
         return out
 
     def lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots, out: torch.Tensor) -> None:
+        if bank.a.shape[2] > _MAX_RANK:
+            super().lora(x, bank, slots, out)
+            return
         for segment in slots.long:
             lora_segment(x, bank, segment, out)
         if slots.rest is None:
