@@ -109,6 +109,7 @@ def adapter(message: adapters_pb2.Adapter) -> Adapter:
         pinned=message.pinned,
         merged=message.merged,
         running_requests=message.running_requests,
+        error=message.error,
     )
 
 

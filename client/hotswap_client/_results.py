@@ -126,7 +126,8 @@ class TokenizeResult:
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """One version of an adapter. `method_config` holds the method's settings, such as `r`, as JSON values;
-    `digest` is empty and `num_parameters` 0 until the server has read the content."""
+    `digest` is empty and `num_parameters` 0 until the server has read the content. `error` says why it cannot
+    be served, if that is known."""
 
     name: str
     version: int
@@ -139,6 +140,7 @@ class Adapter:
     pinned: bool
     merged: bool
     running_requests: int
+    error: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,18 @@ import threading
 
 import pytest
 import torch
+from hotswap_server.adapters.manager import InUse
 from hotswap_server.adapters.methods.lora import LoraBank
-from hotswap_server.core import Delta
+from hotswap_server.core import Delta, GenerateRequest, SamplingParams
 from hotswap_server.engine.engine import Engine
+from hotswap_server.engine.scheduler import Scheduler
 from hotswap_server.errors import (
     AdapterInvalidError,
     AdapterNotFoundError,
     AdapterUnloadedError,
     DrainingError,
     EngineError,
+    InvalidRequestError,
 )
 from support.adapters import write_lora
 from support.models import random_prompt
@@ -213,7 +216,7 @@ def test_what_was_sent_to_an_engine_that_stops_is_answered(llama_base, tokenizer
 def test_an_unloaded_adapter_fails_those_who_wait_for_it(running, gate):
     waiting = running.generate(PROMPT, "acme/c")
     wait_until(lambda: running.adapters.slot_counts()["lora"][0] == 1)
-    left = running.adapters.unload("acme/c", None, cancel=True)
+    left = running.adapters.unload("acme/c", None, in_use=InUse.CANCEL)
     with pytest.raises(AdapterUnloadedError):
         waiting.result()
     gate.set()
@@ -226,3 +229,39 @@ def test_no_request_at_all(llama_base, tokenizer, store):
         pass
     engine = Engine(llama_base, tokenizer, None)
     engine.stop()
+
+
+def test_a_scheduler_that_raises_fails_what_is_inside_and_the_engine_goes_on(running, monkeypatch):
+    expected = running.generate(PROMPT, max_new_tokens=4).result().tokens
+
+    def broken(scheduler: Scheduler) -> None:
+        monkeypatch.undo()
+        raise ArithmeticError("a bug")
+
+    monkeypatch.setattr(Scheduler, "schedule", broken)
+    with pytest.raises(EngineError, match="the engine failed"):
+        running.generate(PROMPT, "acme/a").result()
+    running.assert_clean()
+    assert running.generate(PROMPT, max_new_tokens=4).result().tokens == expected
+
+
+def test_an_observer_that_raises_changes_nothing(running, monkeypatch):
+    expected = running.generate(PROMPT, max_new_tokens=4).result().tokens
+
+    def broken(record: object) -> None:
+        raise ArithmeticError("a bug")
+
+    monkeypatch.setattr(running.recorder, "step", broken)
+    monkeypatch.setattr(running.recorder, "finished", broken)
+    assert running.generate(PROMPT, max_new_tokens=4).result().tokens == expected
+
+
+def test_an_id_that_is_in_use_is_refused(running):
+    request = GenerateRequest(
+        "mine", PROMPT, SamplingParams(max_new_tokens=50, temperature=0.0, ignore_eos=True)
+    )
+    first = Outcome(request)
+    running.engine.submit(request, first.sink)
+    with pytest.raises(InvalidRequestError, match="mine is the id of a request"):
+        running.engine.submit(request, Outcome(request).sink)
+    assert len(first.result().tokens) == 50

@@ -10,10 +10,10 @@ from contextlib import suppress
 import pytest
 from hotswap.layout import publish
 from hotswap.names import AdapterName
-from hotswap_server.adapters.manager import AdapterManager, Residency
+from hotswap_server.adapters.manager import AdapterManager, InUse, Residency
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.core import AdapterRef
-from hotswap_server.errors import AdapterInvalidError, AdapterUnloadedError, CapacityError
+from hotswap_server.errors import AdapterInUseError, AdapterInvalidError, AdapterUnloadedError, CapacityError
 from support.adapters import write_lora
 from support.models import random_prompt
 from support.running import SOON_S, Recorder, Running, wait_until
@@ -114,7 +114,7 @@ def test_load_and_the_residency_it_shows(manager):
     assert manager.get("acme/a", None).residency is Residency.STORE
     info = manager.load("acme/a", None).result(SOON_S)
     assert (info.residency, info.running, info.num_parameters) == (Residency.DEVICE, 0, 512)
-    assert info.details == {"rank": "2", "alpha": "4", "rslora": "false", "targets": "q_proj"}
+    assert info.details == {"r": "2", "lora_alpha": "4", "target_modules": '["q_proj"]'}
     assert manager.load("acme/a", 1).result(SOON_S).ref == info.ref
     use(manager, "b", "c", "d")
     assert manager.get("acme/a", None).residency is Residency.HOST
@@ -129,17 +129,34 @@ def test_load_and_the_residency_it_shows(manager):
 
 def test_unload_of_an_idle_adapter(manager):
     use(manager, "a", "b")
-    assert manager.unload("acme/a", None, cancel=False).result(SOON_S) == 1
+    assert manager.unload("acme/a", None, in_use=InUse.WAIT).result(SOON_S) == 1
     assert manager.get("acme/a", None).residency is Residency.STORE
-    assert manager.unload("acme/a", None, cancel=False).result(SOON_S) == 0
+    assert manager.unload("acme/a", None, in_use=InUse.WAIT).result(SOON_S) == 0
     assert manager.slot_counts() == {"lora": (1, 3)}
     use(manager, "a")
 
 
+def test_unload_refuses_while_in_use(manager):
+    ref, _ = acquire(manager, "a")
+    with pytest.raises(AdapterInUseError, match="1 running requests use acme/a"):
+        manager.unload("acme/a", None, in_use=InUse.REFUSE)
+    assert manager.try_acquire(ref) is not None
+    manager.release(ref)
+    manager.release(ref)
+    assert manager.unload("acme/a", None, in_use=InUse.REFUSE).result(SOON_S) == 1
+
+
+def test_unload_drops_what_is_in_host_memory_alone(manager):
+    use(manager, "a", "b", "c", "d")
+    assert manager.get("acme/a", None).residency is Residency.HOST
+    assert manager.unload("acme/a", None, in_use=InUse.REFUSE).result(SOON_S) == 1
+    assert manager.get("acme/a", None).residency is Residency.STORE
+
+
 def test_unload_waits_for_users_and_nobody_new_comes_in(manager):
     ref, _ = acquire(manager, "a")
-    left = manager.unload("acme/a", None, cancel=False)
-    again = manager.unload("acme/a", 1, cancel=False)
+    left = manager.unload("acme/a", None, in_use=InUse.WAIT)
+    again = manager.unload("acme/a", 1, in_use=InUse.WAIT)
     assert manager.try_acquire(ref) is None
     assert not left.done()
     assert not again.done()
@@ -158,7 +175,7 @@ def test_unload_of_what_is_being_loaded(manager, monkeypatch):
 
     monkeypatch.setattr(type(manager._banks["lora"]), "put", slow)
     loading = manager.load("acme/a", None)
-    left = manager.unload("acme/a", None, cancel=True)
+    left = manager.unload("acme/a", None, in_use=InUse.CANCEL)
     assert not left.done()
     gate.set()
     assert left.result(SOON_S) == 1
@@ -178,7 +195,7 @@ def test_the_engine_is_called_without_the_manager_s_lock(manager):
 
     ref, _ = acquire(manager, "a")
     manager.cancel_users = manager.on_change = look
-    left = manager.unload("acme/a", None, cancel=True)
+    left = manager.unload("acme/a", None, in_use=InUse.CANCEL)
     assert free == [True]
     manager.release(ref)
     assert left.result(SOON_S) == 1
@@ -190,7 +207,7 @@ def test_unload_that_cancels_ends_the_requests(llama_base, tokenizer, store):
         mine = running.generate(PROMPT, "acme/a", max_new_tokens=900)
         other = running.generate(PROMPT, "acme/b", max_new_tokens=40)
         wait_until(lambda: mine.deltas and other.deltas)
-        assert running.adapters.unload("acme/a", None, cancel=True).result(SOON_S) == 1
+        assert running.adapters.unload("acme/a", None, in_use=InUse.CANCEL).result(SOON_S) == 1
         with pytest.raises(AdapterUnloadedError, match="acme/a@1 was unloaded"):
             mine.result()
         assert len(other.result().tokens) == 40
@@ -251,7 +268,9 @@ def test_many_threads_loading_unloading_and_requesting(llama_base, tokenizer, st
                 name = rng.choice("abcde")
                 match rng.randrange(6):
                     case 0:
-                        running.adapters.unload(f"acme/{name}", None, cancel=rng.random() < 0.7)
+                        running.adapters.unload(
+                            f"acme/{name}", None, in_use=rng.choice([InUse.WAIT, InUse.CANCEL])
+                        )
                     case 1:
                         with suppress(CapacityError):
                             running.adapters.load(f"acme/{name}", None)

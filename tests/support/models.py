@@ -63,6 +63,8 @@ def tiny_model(config: PreTrainedConfig, *, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
+    # The definition itself: some releases let Gemma 2 use SDPA, which leaves its soft cap out.
+    model.set_attn_implementation("eager")
     return model.eval()
 
 

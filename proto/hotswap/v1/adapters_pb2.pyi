@@ -116,6 +116,7 @@ class Adapter(_message.Message):
     PINNED_FIELD_NUMBER: _builtins.int
     MERGED_FIELD_NUMBER: _builtins.int
     RUNNING_REQUESTS_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tenant/name`."""
     version: _builtins.int
@@ -136,6 +137,8 @@ class Adapter(_message.Message):
     """Whether it is merged into the base weights."""
     running_requests: _builtins.int
     """Requests that use it now, waiting ones not counted; 0 or more."""
+    error: _builtins.str
+    """Why the server cannot serve it; empty as long as nothing is known against it."""
     @_builtins.property
     def method_config(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """The method's own settings by their name in `adapter_config.json`, such as `r`, `lora_alpha` and
@@ -156,10 +159,11 @@ class Adapter(_message.Message):
         pinned: _builtins.bool = ...,
         merged: _builtins.bool = ...,
         running_requests: _builtins.int = ...,
+        error: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "merged", b"merged", "method", b"method", "method_config", b"method_config", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "residency", b"residency", "running_requests", b"running_requests", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "error", b"error", "merged", b"merged", "method", b"method", "method_config", b"method_config", "name", b"name", "num_parameters", b"num_parameters", "pinned", b"pinned", "residency", b"residency", "running_requests", b"running_requests", "size_bytes", b"size_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum, StrEnum, auto
 from typing import Any, Protocol
 
 from hotswap_server.adapters.host_cache import HostCache
@@ -23,7 +23,7 @@ from hotswap_server.adapters.method import (
 from hotswap_server.adapters.store import AdapterStore
 from hotswap_server.core import AdapterRef
 from hotswap_server.engine.base import BaseModel
-from hotswap_server.errors import CapacityError, HotswapError
+from hotswap_server.errors import AdapterInUseError, CapacityError, HotswapError
 
 _FAILURE_KEPT_S = 5.0
 
@@ -48,6 +48,14 @@ class AdapterInfo:
     running: int
     details: Mapping[str, str]
     error: str | None = None
+
+
+class InUse(Enum):
+    """What unloading does to the requests that use the adapter."""
+
+    REFUSE = auto()  # nothing is unloaded
+    WAIT = auto()
+    CANCEL = auto()
 
 
 class AdapterObserver(Protocol):
@@ -118,6 +126,7 @@ class AdapterManager:
             deadline_s=load_deadline_s,
         )
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier")
+        self._host_copies: set[AdapterRef] = set()  # loaded once, and perhaps still in the cache
         self._residents: dict[AdapterRef, _Resident] = {}
         self._clock = itertools.count(1)
         self._lock = threading.RLock()
@@ -201,10 +210,13 @@ class AdapterManager:
         self._tell(resident, future)
         return future
 
-    def unload(self, name: str, version: int | None, *, cancel: bool) -> Future[int]:
-        """Take a version, or all of a name, from device and host. Waits for users, or ends them if `cancel`.
+    def unload(self, name: str, version: int | None, *, in_use: InUse) -> Future[int]:
+        """Take a version, or all of a name, from device and host.
 
-        The future gives the number of versions that were resident.
+        The future gives the number of versions that were in memory.
+
+        Raises:
+            AdapterInUseError: requests use it and `in_use` is REFUSE.
         """
         done: Future[int] = Future()
         done.set_running_or_notify_cancel()
@@ -214,8 +226,15 @@ class AdapterManager:
                 for resident in self._residents.values()
                 if resident.ref.name == name and version in (None, resident.ref.version)
             ]
+            users = sum(resident.users for resident in leaving)
+            if users and in_use is InUse.REFUSE:
+                raise AdapterInUseError(
+                    f"{users} running requests use {name}; wait for them, or set in_use to wait or cancel",
+                    adapter=name,
+                )
+            host_only = self._drop_host_copies(name, version, {resident.ref for resident in leaving})
             parts: list[Future[None]] = []
-            in_use: list[AdapterRef] = []
+            waited_for: list[AdapterRef] = []
             for resident in leaving:
                 part: Future[None] = Future()
                 parts.append(part)
@@ -224,21 +243,30 @@ class AdapterManager:
                 if resident.users == 0 and resident.state is not _State.LOADING:
                     self._leave(resident)
                 else:
-                    in_use.append(resident.ref)
+                    waited_for.append(resident.ref)
         # Without the lock: the engine takes its own first, and this one when it lets go of a slot.
-        for ref in in_use if cancel else []:
+        for ref in waited_for if in_use is InUse.CANCEL else []:
             self.cancel_users(ref)
         if not parts:
-            done.set_result(0)
+            done.set_result(host_only)
         remaining = itertools.count(len(parts) - 1, -1)
 
         def one_left(_: Future[None]) -> None:
             if next(remaining) == 0:
-                done.set_result(len(parts))
+                done.set_result(len(parts) + host_only)
 
         for part in parts:
             part.add_done_callback(one_left)
         return done
+
+    def _drop_host_copies(self, name: str, version: int | None, kept: set[AdapterRef]) -> int:
+        """Forget versions that are in host memory alone; with the lock held."""
+        dropped = 0
+        for ref in [ref for ref in self._host_copies if ref.name == name and version in (None, ref.version)]:
+            self._host_copies.discard(ref)
+            if ref not in kept:
+                dropped += self._cache.remove(ref.digest)
+        return dropped
 
     def slot_counts(self) -> dict[str, tuple[int, int]]:
         """Slots taken and in all, by method."""
@@ -303,6 +331,9 @@ class AdapterManager:
             resident.last_used = next(self._clock)
             if error is None:
                 resident.state, resident.adapter = _State.READY, adapter
+                self._host_copies = {ref for ref in self._host_copies if ref.digest in self._cache} | {
+                    resident.ref
+                }
             else:
                 resident.state, resident.error = _State.FAILED, error
                 self._free[resident.ref.method].append(resident.slot)

@@ -6,8 +6,9 @@ A method is one module in `methods/` with a `METHOD` that has these attributes; 
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
@@ -18,7 +19,7 @@ from hotswap_server.errors import AdapterInvalidError
 
 
 class MethodAdapter(Protocol):
-    """An adapter in host memory, checked against the base. `details` are for people: rank, targets."""
+    """An adapter in host memory, checked against the base. `details` come from `shown_fields`."""
 
     @property
     def method(self) -> str: ...
@@ -79,6 +80,11 @@ def available_methods() -> Mapping[str, Method]:
         method: Method = importlib.import_module(f"{methods.__name__}.{module.name}").METHOD
         found[method.name] = method
     return found
+
+
+def shown_fields(config: Mapping[str, object], names: Iterable[str]) -> dict[str, str]:
+    """The fields of an `adapter_config.json` that have a value, as JSON: what `details` holds."""
+    return {name: json.dumps(config[name]) for name in names if config.get(name)}
 
 
 def method_of(config: Mapping[str, object]) -> str:

@@ -23,7 +23,7 @@ from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import BatchBuilder
 from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.kv_cache import PagedKVCache
-from hotswap_server.engine.observer import EngineObserver, NullObserver, StepRecord
+from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, StepRecord
 from hotswap_server.engine.runner import ModelRunner
 from hotswap_server.engine.scheduler import AdapterResidency, Plan, Scheduler
 from hotswap_server.engine.sequence import EventSink, Sequence, Stage
@@ -116,8 +116,9 @@ class Engine:
         )
         self._runner = ModelRunner(base, self.cache)
         self._post = post
-        self._observer = observer or NullObserver()
+        self._observer = GuardedObserver(observer) if observer else NullObserver()
         self._sequences: dict[str, Sequence] = {}
+        self._known: set[str] = set()  # ids of the sequences and of those in the inbox
         self._inbox: deque[Sequence | str | AdapterRef] = (
             deque()
         )  # new ones, ids to cancel, adapters to leave
@@ -166,6 +167,9 @@ class Engine:
                 raise DrainingError("the server is shutting down; send the request to another one")
             if len(self._scheduler.waiting) + len(self._inbox) >= self.options.max_queue:
                 raise OverloadedError(f"{self.options.max_queue} requests are waiting already; retry later")
+            if sequence.id in self._known:
+                raise InvalidRequestError("id", f"{sequence.id} is the id of a request that runs already")
+            self._known.add(sequence.id)
             self._inbox.append(sequence)
             self._changed.notify()
 
@@ -203,20 +207,31 @@ class Engine:
                     self._take_messages()
                     if self._stopping:
                         break
-                plan = self._scheduler.schedule()
-                for sequence, error in plan.failed:
-                    self._collector.fail(sequence, error)
-                if plan.batch:
-                    self._step(plan)
+                try:
+                    busy = self._advance()
+                except Exception:
+                    _log.exception("engine_failed", requests=len(self._sequences))
+                    self._fail_all(EngineError("the engine failed; see the server's log"))
+                    busy = False
                 self._flush()
-                if not plan.batch:
+                if not busy:
                     with self._changed:
                         self._changed.wait_for(lambda: self._inbox or self._woken or self._stopping)
-        for sequence in list(self._sequences.values()):
-            self._collector.fail(
-                sequence, DrainingError("the server shut down before the request was finished")
-            )
+        self._fail_all(DrainingError("the server shut down before the request was finished"))
         self._flush()
+
+    def _advance(self) -> bool:
+        """Plan and run one step; False if there was nothing to run."""
+        plan = self._scheduler.schedule()
+        for sequence, error in plan.failed:
+            self._collector.fail(sequence, error)
+        if plan.batch:
+            self._step(plan)
+        return bool(plan.batch)
+
+    def _fail_all(self, error: EngineError | DrainingError) -> None:
+        for sequence in list(self._sequences.values()):
+            self._collector.fail(sequence, error)
 
     def _take_messages(self) -> None:
         while self._inbox:
@@ -266,6 +281,7 @@ class Engine:
         sequence.enter(Stage.DECODE)
         self._scheduler.remove(sequence)
         del self._sequences[sequence.id]
+        self._known.discard(sequence.id)
 
     def _flush(self) -> None:
         if events := self._collector.take():

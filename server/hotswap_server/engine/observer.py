@@ -5,7 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import structlog
+
 from hotswap_server.core import FinishReason, ServingPath, Timings
+
+_log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +51,25 @@ class EngineObserver(Protocol):
     def step(self, record: StepRecord) -> None: ...
 
     def finished(self, record: RequestRecord) -> None: ...
+
+
+class GuardedObserver:
+    """Passes records on; what the observer raises is logged and does not reach the engine."""
+
+    def __init__(self, observer: EngineObserver) -> None:
+        self._observer = observer
+
+    def step(self, record: StepRecord) -> None:
+        try:
+            self._observer.step(record)
+        except Exception:
+            _log.exception("observer_failed")
+
+    def finished(self, record: RequestRecord) -> None:
+        try:
+            self._observer.finished(record)
+        except Exception:
+            _log.exception("observer_failed")
 
 
 class NullObserver:

@@ -13,8 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc
 
-from hotswap_server.adapters.manager import AdapterInfo, AdapterManager, Residency
-from hotswap_server.errors import AdapterInUseError, InvalidRequestError
+from hotswap_server.adapters.manager import AdapterInfo, AdapterManager, InUse, Residency
+from hotswap_server.errors import InvalidRequestError
 from hotswap_server.grpc import convert
 from hotswap_server.grpc.interceptors import current_call
 from hotswap_server.grpc.status import NotImplementedByServerError
@@ -25,6 +25,14 @@ DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
 
 T = TypeVar("T")
+
+
+_IN_USE = {
+    adapters_pb2.IN_USE_POLICY_UNSPECIFIED: InUse.REFUSE,
+    adapters_pb2.IN_USE_POLICY_REFUSE: InUse.REFUSE,
+    adapters_pb2.IN_USE_POLICY_WAIT: InUse.WAIT,
+    adapters_pb2.IN_USE_POLICY_CANCEL: InUse.CANCEL,
+}
 
 
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
@@ -79,19 +87,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         policy = request.in_use
         if policy not in adapters_pb2.InUsePolicy.values():
             raise InvalidRequestError("in_use", f"must be a value of InUsePolicy, got {policy}")
-        cancel = policy == adapters_pb2.IN_USE_POLICY_CANCEL
+        in_use = _IN_USE[policy]
         resident = [info for info in await self._of(name, version) if info.residency is not Residency.STORE]
         running = sum(info.running for info in resident)
-        if running and not cancel and policy != adapters_pb2.IN_USE_POLICY_WAIT:
-            raise AdapterInUseError(
-                f"{running} running requests use {name}; wait for them, or set `in_use` to wait or cancel",
-                adapter=name,
-            )
-        await self._future(lambda: self._manager.unload(name, version, cancel=cancel))
+        await self._future(lambda: self._manager.unload(name, version, in_use=in_use))
         versions = {info.ref.version for info in resident}
         now = [info for info in await self._of(name, version) if info.ref.version in versions]
         return adapters_pb2.UnloadAdapterResponse(
-            adapters=[convert.adapter(info) for info in now], cancelled_requests=running if cancel else 0
+            adapters=[convert.adapter(info) for info in now],
+            cancelled_requests=running if in_use is InUse.CANCEL else 0,
         )
 
     async def PinAdapter(

@@ -146,4 +146,5 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         residency=_RESIDENCIES[info.residency],
         pinned=info.pinned,
         running_requests=info.running,
+        error=info.error or "",
     )

@@ -24,6 +24,7 @@ from hotswap_server.errors import (
     HotswapError,
     InvalidRequestError,
     OverloadedError,
+    RequestCancelledError,
     StoreUnavailableError,
 )
 
@@ -56,6 +57,7 @@ _CODES: Final[tuple[tuple[type[HotswapError], grpc.StatusCode], ...]] = (
     (AdapterInvalidError, grpc.StatusCode.FAILED_PRECONDITION),
     (AdapterInUseError, grpc.StatusCode.FAILED_PRECONDITION),
     (AdapterUnloadedError, grpc.StatusCode.CANCELLED),
+    (RequestCancelledError, grpc.StatusCode.CANCELLED),
     (StoreUnavailableError, grpc.StatusCode.UNAVAILABLE),
     (DrainingError, grpc.StatusCode.UNAVAILABLE),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 from hotswap.v1 import adapters_pb2_grpc, inference_pb2_grpc
-from hotswap_server.adapters.manager import AdapterInfo, Residency
+from hotswap_server.adapters.manager import AdapterInfo, InUse, Residency
 from hotswap_server.core import (
     AdapterRef,
     Delta,
@@ -27,7 +27,7 @@ from hotswap_server.core import (
     Timings,
     TokenLogprob,
 )
-from hotswap_server.errors import AdapterNotFoundError, DrainingError
+from hotswap_server.errors import AdapterInUseError, AdapterNotFoundError, DrainingError
 from hotswap_server.grpc.server import GrpcServer
 from hotswap_server.metrics import Metrics
 
@@ -53,7 +53,7 @@ class FakeManager:
     def __init__(self) -> None:
         self.infos: dict[tuple[str, int], AdapterInfo] = {}
         self.errors: dict[str, Exception] = {}
-        self.unloaded: list[tuple[str, int | None, bool]] = []
+        self.unloaded: list[tuple[str, int | None, InUse]] = []
 
     def add(self, name: str, version: int = 1, **fields: Any) -> AdapterInfo:
         ref = AdapterRef(name, version, f"{name}{version}".encode().hex(), "lora")
@@ -82,9 +82,11 @@ class FakeManager:
         future.set_result(info)
         return future
 
-    def unload(self, name: str, version: int | None, *, cancel: bool) -> Future[int]:
-        self.unloaded.append((name, version, cancel))
+    def unload(self, name: str, version: int | None, *, in_use: InUse) -> Future[int]:
         keys = [key for key in self.infos if key[0] == name and version in (None, key[1])]
+        if in_use is InUse.REFUSE and any(self.infos[key].running for key in keys):
+            raise AdapterInUseError("in use", adapter=name)
+        self.unloaded.append((name, version, in_use))
         for key in keys:
             self.infos[key] = replace(self.infos[key], residency=Residency.STORE, running=0)
         future: Future[int] = Future()

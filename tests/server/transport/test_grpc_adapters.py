@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from hotswap.v1 import adapters_pb2
-from hotswap_server.adapters.manager import Residency
+from hotswap_server.adapters.manager import InUse, Residency
 from hotswap_server.errors import CapacityError
 
 
@@ -98,7 +98,7 @@ async def test_unload_tells_what_left_and_who_was_cancelled(serving, policy, can
         reply = await s.admin.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name="a/x", in_use=policy))
         assert [(a.version, a.residency) for a in reply.adapters] == [(2, adapters_pb2.RESIDENCY_STORE)]
         assert reply.cancelled_requests == cancelled
-        assert s.engine.adapters.unloaded == [("a/x", None, bool(cancelled))]
+        assert s.engine.adapters.unloaded == [("a/x", None, InUse.CANCEL if cancelled else InUse.WAIT)]
 
 
 async def test_unloading_what_is_not_in_memory_is_no_error_but_an_unknown_name_is(serving, refusal_of):

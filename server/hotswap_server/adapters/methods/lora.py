@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
-from hotswap_server.adapters.method import BankOptions
+from hotswap_server.adapters.method import BankOptions, shown_fields
 from hotswap_server.adapters.targets import by_pattern, target_modules
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import BaseModel
@@ -41,6 +41,10 @@ _WITHOUT_EFFECT = frozenset(
         *("task_type", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     }
+)
+_SHOWN = (
+    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("layers_to_transform", "exclude_modules"),
 )
 # Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoRA-GA) change them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
@@ -153,17 +157,11 @@ class LoraMethod:
                 )
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             weights[module] = (a.to(base.dtype), (b.float() * scaling).t().to(base.dtype).contiguous())
-        ranks = sorted({a.shape[0] for a, _ in weights.values()})
         return LoraAdapter(
             weights=weights,
             nbytes=sum(a.nbytes + b.nbytes for a, b in weights.values()),
             num_parameters=sum(a.numel() + b.numel() for a, b in weights.values()),
-            details={
-                "rank": ", ".join(map(str, ranks)),
-                "alpha": str(config.get("lora_alpha")),
-                "rslora": str(bool(config.get("use_rslora"))).lower(),
-                "targets": ", ".join(sorted({module.rpartition(".")[2] for module in weights})),
-            },
+            details=shown_fields(config, _SHOWN),
         )
 
 
