@@ -4,8 +4,8 @@
     STORE/tenant/task/VERSION/adapter_model.safetensors
 
 VERSION is a decimal number from 1 on; the highest one is the latest. A version exists once it holds both
-files. A PEFT directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there
-too. Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
+files; a directory without them is none, as where the trainer publishes whole models in the same shape. A PEFT
+directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there too. Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import socket
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -70,7 +70,13 @@ def versions_in(entries: Iterable[str]) -> list[int]:
     return sorted(versions)
 
 
-def publish(store: Path, name: AdapterName, write: Callable[[Path], None]) -> int:
+def publish(
+    store: Path,
+    name: AdapterName,
+    write: Callable[[Path], None],
+    *,
+    required: Sequence[str] = (CONFIG_FILE, WEIGHTS_FILE),
+) -> int:
     """Publish what `write` puts into the directory it is given as the next version of `name`.
 
     The version appears in one rename after its files are on disk: readers see all of it or nothing, also when
@@ -78,18 +84,20 @@ def publish(store: Path, name: AdapterName, write: Callable[[Path], None]) -> in
     An exception, `write`'s own included, leaves the store as it was. What a killed publisher leaves behind is
     hidden, and a later publisher of the same adapter removes it. Files end as readable as the umask allows.
 
+    `required` names the files that `write` must write; by default those of a PEFT directory.
+
     Returns:
         The version's number.
 
     Raises:
-        PublishError: `write` left out a file of a PEFT directory, or wrote it as a link or empty.
+        PublishError: `write` left out a required file, or wrote it as a link or empty.
         OSError: the store cannot be written.
     """
     task = store / name.tenant / name.name
     _remove_abandoned(task)
     with _temporary_directory(task, store) as temporary:
         write(temporary)
-        _check_complete(temporary)
+        _check_complete(temporary, required)
         _sync_tree(temporary)
         version = _rename_to_next_version(temporary, task)
         for directory in (task, task.parent, store):  # their entries may be new as well
@@ -173,12 +181,12 @@ def _host() -> str:
     return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
 
 
-def _check_complete(directory: Path) -> None:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
+def _check_complete(directory: Path, required: Sequence[str]) -> None:
+    for file in required:
         try:
             status = os.lstat(directory / file)
         except FileNotFoundError:
-            raise PublishError(f"an adapter needs {file}, and the writer made none") from None
+            raise PublishError(f"a version needs {file}, and the writer made none") from None
         if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
             raise PublishError(f"{file} must be a regular file with content, not a link and not empty")
 

@@ -89,7 +89,7 @@ def test_two_processes_train_what_one_does(train_process, flags, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "magic"}, "--method: must be one of lora"),
+        ({"method": "magic"}, "--method: must be one of bottleneck, full"),
         ({"data": "missing.jsonl"}, "cannot read the data file missing.jsonl: No such file"),
         ({"output": "/proc/store"}, "--output: /proc/store cannot be written"),
         ({"target-modules": "nope"}, "nope matches no layer"),

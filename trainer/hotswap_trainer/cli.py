@@ -22,7 +22,7 @@ _INTERRUPTED = 130
 
 
 def train(config: Path | None = None, **flags: Any) -> None:
-    """Train an adapter and publish it as a new version in a store.
+    """Train an adapter, or a whole model, and publish it as a new version in a store.
 
     Every option is also a key of the --config file; flags win over the file.
     On several GPUs: torchrun --nproc-per-node 2 -m hotswap_trainer, and the same options.
@@ -58,7 +58,7 @@ def _summarise(published: Published, console: Console) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    table.add_row("adapter", f"[bold green]{options.name}@{published.version}[/]")
+    table.add_row(report.run.method.result, f"[bold green]{options.name}@{published.version}[/]")
     table.add_row("where", str(published.path))
     table.add_row(
         "method", f"{report.run.method.name}, {parameters.trainable:,} parameters ({parameters.percent:.2f}%)"
@@ -68,7 +68,7 @@ def _summarise(published: Published, console: Console) -> None:
             table.add_row(label, f"{losses[0]:.3f} → {losses[-1]:.3f}")
     per_step = outcome.seconds / max(1, outcome.num_steps)
     table.add_row("time", f"{outcome.seconds:.0f} s, {outcome.num_steps} steps of {per_step:.2f} s")
-    table.add_row("next", f"hotswap serve --base {options.base} --store {options.output}")
+    table.add_row("next", report.run.method.serving(options, published.path))
     console.print(table)
 
 

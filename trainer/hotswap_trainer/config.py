@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hotswap.names import AdapterName, InvalidAdapterNameError
 
@@ -16,6 +16,9 @@ from hotswap_trainer import methods
 from hotswap_trainer.errors import OptionError
 from hotswap_trainer.method import Method
 from hotswap_trainer.options import build, merge, option, read_yaml, specs
+
+if TYPE_CHECKING:
+    import torch
 
 RUN, DATA, OPTIMISATION, CADENCE = "Run", "Data", "Optimisation", "Hardware, checkpoints and logs"
 
@@ -30,7 +33,7 @@ class TrainOptions:
 
     data: Path = option(help="JSONL file: prompt+completion, messages, or text on each line.", group=RUN)
     name: str = option(help="The adapter's name: tenant/task.", group=RUN)
-    output: Path = option(help="The store; the adapter becomes a new version in it.", group=RUN)
+    output: Path = option(help="The store; the result becomes a new version in it.", group=RUN)
     method: str = option("lora", help="How the adapter changes the base.", group=RUN)
     base: str = option("smollm2", help="A transformers directory, a hub id, or smollm2.", group=RUN)
     seed: int = option(0, help="Seed of the split, the order, the initial weights and dropout.", group=RUN)
@@ -140,7 +143,20 @@ def configure(flags: Mapping[str, Any], config: Path | None = None) -> Run:
         raise OptionError(f"--method: must be one of {', '.join(available)}; got {method_name!r}")
     method = available[method_name]
     _refuse_unknown(values, method, available)
-    return Run(build(TrainOptions, values), method, build(method.options, values))
+    run = Run(build(TrainOptions, values), method, build(method.options, values))
+    method.check(run.options, run.method_options)
+    return run
+
+
+def compute_dtype(options: TrainOptions) -> torch.dtype:
+    """The type that a run on this machine computes in."""
+    import torch
+
+    wanted = options.dtype
+    if wanted == "auto":
+        on_gpu = options.device == "auto" and torch.cuda.is_available()
+        wanted = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
+    return torch.bfloat16 if wanted == "bfloat16" else torch.float32
 
 
 def _spelled_out(values: Mapping[str, Any], available: Mapping[str, Method[Any]]) -> dict[str, Any]:

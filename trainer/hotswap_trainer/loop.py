@@ -6,7 +6,7 @@ import inspect
 import math
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from transformers import (
     PrinterCallback,
     ProgressCallback,
@@ -32,7 +33,7 @@ from hotswap_trainer.callbacks import (
     ProgressBar,
     StopOnDivergence,
 )
-from hotswap_trainer.config import Run
+from hotswap_trainer.config import Run, compute_dtype
 from hotswap_trainer.data import Example
 from hotswap_trainer.workdir import Checkpoint
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 _NUM_EVALUATIONS = 5
 _NUM_CHECKPOINTS = 20
 _NUM_POINTS = 200
+_TRAINED_FILE = "trained.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,7 @@ def fit(
     Raises:
         TrainingDivergedError: a loss became NaN or infinite.
     """
-    arguments = _arguments(run, model, train, evaluation, checkpoints, resumed=resume_from is not None)
+    arguments = _arguments(run, train, evaluation, checkpoints, resumed=resume_from is not None)
     forward = inspect.signature(getattr(model, "get_base_model", lambda: model)().forward)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     collator = Collator(pad_id or 0, keep_logits="logits_to_keep" in forward.parameters)
@@ -140,10 +142,27 @@ def count_steps(run: Run, num_examples: int, num_processes: int) -> int:
 class _Trainer(Trainer):
     def __init__(self, sampler: EpochSampler, **arguments: Any) -> None:
         self.sampler = sampler
+        self.trained_model: torch.nn.Module = arguments["model"]
         super().__init__(**arguments)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
+
+    # A checkpoint holds what is trained and nothing else. PEFT's own would not do for a prefix that has a
+    # projection, of which it saves the product alone.
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        directory = Path(output_dir or str(self.args.output_dir))
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self._trained()}, directory / _TRAINED_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / _TRAINED_FILE)
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(saved[name])
+
+    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        return ((name, p) for name, p in self.trained_model.named_parameters() if p.requires_grad)
 
 
 class _NextOrder(TrainerCallback):
@@ -160,7 +179,6 @@ class _NextOrder(TrainerCallback):
 
 def _arguments(
     run: Run,
-    model: Any,
     train: Sequence[Example],
     evaluation: Sequence[Example],
     checkpoints: Path,
@@ -184,7 +202,7 @@ def _arguments(
         seed=options.seed,
         data_seed=options.seed,
         use_cpu=not on_gpu,
-        bf16=on_gpu and model.dtype == torch.bfloat16,
+        bf16=on_gpu and compute_dtype(options) == torch.bfloat16,
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         eval_strategy="steps" if evaluation else "no",

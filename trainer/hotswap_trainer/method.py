@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
+from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE
+
 if TYPE_CHECKING:
+    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel
 
+    from hotswap_trainer.config import TrainOptions
+
 OptionsT = TypeVar("OptionsT")
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A finished model: `base` is named as the user named it, `dtype` is what the run computed in."""
+
+    model: Any
+    tokenizer: Any
+    base: str
+    dtype: torch.dtype
 
 
 class Method(ABC, Generic[OptionsT]):
@@ -25,6 +41,17 @@ class Method(ABC, Generic[OptionsT]):
     summary: ClassVar[str]
     learning_rate: ClassVar[float]  # the default peak rate of AdamW
     options: type[OptionsT]  # a dataclass whose fields are made by `hotswap_trainer.options.option`
+    result: ClassVar[str] = "adapter"  # what the summary and the card call what is published
+    library: ClassVar[str] = "peft"  # what loads it
+    files: ClassVar[tuple[str, ...]] = (CONFIG_FILE, WEIGHTS_FILE)  # without these there is no version
+
+    def check(self, run: TrainOptions, options: OptionsT) -> None:
+        """Refuse options of the run that the method cannot honour.
+
+        Raises:
+            OptionError: names the option and the remedy.
+        """
+        return
 
     @abstractmethod
     def peft_config(self, model: PreTrainedModel, options: OptionsT) -> PeftConfig:
@@ -34,9 +61,9 @@ class Method(ABC, Generic[OptionsT]):
             OptionError: the options do not fit the base.
         """
 
-    def base_arguments(self, options: OptionsT) -> dict[str, Any]:
-        """Further arguments of `AutoModelForCausalLM.from_pretrained`, such as a quantization_config."""
-        return {}
+    def base_arguments(self, options: OptionsT, dtype: torch.dtype) -> dict[str, Any]:
+        """Arguments of `AutoModelForCausalLM.from_pretrained`. `dtype` is what the run computes in."""
+        return {"dtype": dtype}
 
     def attach(self, model: PreTrainedModel, options: OptionsT) -> Any:
         """The model to train: the base with the method's trainable parameters, the others frozen."""
@@ -44,11 +71,20 @@ class Method(ABC, Generic[OptionsT]):
 
         return get_peft_model(model, self.peft_config(model, options))
 
-    def write(self, model: Any, directory: Path, *, base: str) -> None:
-        """Write the trained weights and their configuration, naming the base as the user did."""
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = base
-            if isinstance(getattr(config, "target_modules", None), set):
-                config.target_modules = sorted(config.target_modules)  # the same bytes from the same run
+    def write(self, trained: Trained, directory: Path) -> None:
+        """Write the trained weights and their configuration."""
+        for config in trained.model.peft_config.values():
+            config.base_model_name_or_path = trained.base
+            for name, value in vars(config).items():
+                if isinstance(value, set):
+                    setattr(config, name, sorted(value))  # the same bytes from the same run
         # PEFT would ask the hub whether the base's vocabulary was changed; the trainer never does that.
-        model.save_pretrained(str(directory), save_embedding_layers=False)
+        trained.model.save_pretrained(str(directory), save_embedding_layers=False)
+
+    def serving(self, run: TrainOptions, path: Path | str) -> str:
+        """The command that serves what was published at `path`."""
+        return f"hotswap serve --base {run.base} --store {run.output}"
+
+    def loading(self) -> str:
+        """Python that loads what was published from `directory` onto `base`."""
+        return "from peft import PeftModel\nmodel = PeftModel.from_pretrained(base, directory)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from hotswap_trainer.data import Dataset
     from hotswap_trainer.loop import Outcome
 
-_PACKAGES = ("hotswap", "torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "numpy")
+_PACKAGES = (
+    "hotswap",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +107,22 @@ class Report:
                 if value is not None
             },
         }
+        placeholders = replace(options, output=Path("STORE"))
+        made = "An adapter" if method.result == "adapter" else "A model made"
+        loading = method.loading().replace("\n", "\n    ")
         losses = [(kind, outcome.final(kind)) for kind in ("train", "eval")]
         rows = "\n".join(f"| {key} | {value} |" for key, value in settings.items())
         rows += "".join(f"\n| final {kind} loss | {loss:.4f} |" for kind, loss in losses if loss is not None)
         return f"""---
 base_model: {json.dumps(options.base)}
-library_name: peft
+library_name: {method.library}
 pipeline_tag: text-generation
 tags: [hotswap, {method.name}]
 ---
 
 # {options.name}
 
-An adapter of `{options.base}`, trained with hotswap by the method `{method.name}` ({method.summary}).
+{made} of `{options.base}`, trained with hotswap by the method `{method.name}` ({method.summary}).
 
 | | |
 | --- | --- |
@@ -117,12 +130,14 @@ An adapter of `{options.base}`, trained with hotswap by the method `{method.name
 
 ![Loss over steps](loss.png)
 
-Serve it from the store it is in:
+Serve it where it is:
 
-    hotswap serve --base {options.base} --store STORE
-    hotswap generate --adapter {options.name} "…"
+    {method.serving(placeholders, "THIS_DIRECTORY")}
 
-or load it with PEFT: `PeftModel.from_pretrained(base, "this directory")`.
+or load it in Python:
+
+    {loading}
+
 `training.json` holds every option, loss and version of the run.
 """
 

@@ -15,9 +15,10 @@ from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
 from hotswap.layout import PublishError, publish, version_path
 from rich.console import Console
 
-from hotswap_trainer.config import Run
+from hotswap_trainer.config import Run, compute_dtype
 from hotswap_trainer.data import Dataset, Encoder, Example, load, split
 from hotswap_trainer.errors import OptionError, TrainerError, TrainingDivergedError
+from hotswap_trainer.method import Trained
 from hotswap_trainer.options import as_json
 from hotswap_trainer.report import Parameters, Report
 from hotswap_trainer.workdir import Checkpoint, WorkDir
@@ -88,7 +89,7 @@ def _train(run: Run, rank: int, console: Console) -> Published | None:
             work.clear()  # a checkpoint may hold the damage already
         raise
     report = Report(run, parameters, data, eval_data, len(train_examples), len(eval_examples), outcome)
-    version = _publish(run, model, report)
+    version = _publish(run, Trained(model, tokenizer, options.base, compute_dtype(options)), report)
     work.remove()
     return Published(version, version_path(options.output, run.name, version), report)
 
@@ -142,15 +143,10 @@ def _load_data(run: Run, encoder: Encoder) -> tuple[Dataset, Dataset | None, lis
 
 
 def _model(run: Run, base: Path) -> Any:
-    import torch
     from transformers import AutoModelForCausalLM
 
     options = run.options
-    on_gpu = options.device == "auto" and torch.cuda.is_available()
-    wanted = options.dtype
-    if wanted == "auto":
-        wanted = "bfloat16" if on_gpu and torch.cuda.is_bf16_supported() else "float32"
-    arguments = {"dtype": getattr(torch, wanted), **run.method.base_arguments(run.method_options)}
+    arguments = run.method.base_arguments(run.method_options, compute_dtype(options))
     try:
         model = AutoModelForCausalLM.from_pretrained(base, **arguments)
     except (OSError, ValueError) as error:
@@ -204,13 +200,13 @@ def _check_finite(model: Any) -> None:
             )
 
 
-def _publish(run: Run, model: Any, report: Report) -> int:
+def _publish(run: Run, trained: Trained, report: Report) -> int:
     def write(directory: Path) -> None:
-        run.method.write(model, directory, base=run.options.base)
+        run.method.write(trained, directory)
         report.write(directory)
 
     try:
-        return publish(run.options.output, run.name, write)
+        return publish(run.options.output, run.name, write, required=run.method.files)
     except (PublishError, OSError) as error:
         raise OptionError(
             f"--output: cannot publish into {run.options.output}: {error}; "

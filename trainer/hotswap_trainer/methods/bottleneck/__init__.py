@@ -71,6 +71,12 @@ class BottleneckMethod(Method[BottleneckOptions]):
             layers=list(options.layers) if options.layers is not None else None,
         )
 
+    def loading(self) -> str:
+        return (
+            "import hotswap_trainer.methods.bottleneck.tuner  # makes PEFT know the method\n"
+            + super().loading()
+        )
+
     def attach(self, model: PreTrainedModel, options: BottleneckOptions) -> Any:
         try:
             return super().attach(model, options)
