@@ -168,7 +168,7 @@ def test_the_whole_course(run, home):
         assert f"{task.adapter}@1" in result.stdout
         right = len(task.questions())
         assert re.search(rf"{task.adapter} .* 0/{right} +0% +{right}/{right} +100%", result.stdout)
-    assert "loss 3.50 → 0.25" in result.stdout
+    assert "loss 3.500 → 0.250" in result.stdout
     assert "a summary" not in result.output
     assert "I do not know" in result.stdout
     assert f"hotswap serve --base some-base --store {home.store}" in result.stdout

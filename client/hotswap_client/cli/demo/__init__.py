@@ -29,8 +29,8 @@ def demo(
 ) -> None:
     """Train three adapters, serve them, and ask all three in one batch.
 
-    Takes about four minutes on two cores, less once the adapters are trained. The adapters stay in the store;
-    nothing stays running.
+    Takes minutes on two cores, seconds once the adapters are trained. They stay in the store; nothing stays
+    running.
     """
     from rich.console import Console
     from rich.markup import escape

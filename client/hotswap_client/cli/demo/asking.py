@@ -93,8 +93,10 @@ async def measure_accuracy(
 
 
 def mixed_batch(tasks: Sequence[Task]) -> list[Answer]:
-    """A question for every tenant's adapter, and the first tenant's for the base too."""
-    answers = [Answer(task.questions()[0], task) for task in tasks]
+    """The question with the longest answer for each tenant's adapter, the first one for the base too."""
+    answers = [
+        Answer(max(task.questions(), key=lambda question: len(question.answer)), task) for task in tasks
+    ]
     return [*answers, Answer(answers[0].question, None)]
 
 

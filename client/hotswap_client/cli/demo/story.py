@@ -73,8 +73,8 @@ def _train(console: Console, base: str, store: Path, fresh: bool) -> None:
         console.file.flush()  # before what the trainer prints
         began = time.monotonic()
         made = processes.train(task, base, store)
-        losses = f"loss {made.first_loss:.2f} → {made.last_loss:.2f}"
-        console.print(f"  version {made.version}, {losses}, in {_since(began)}.\n")
+        losses = f"loss {made.first_loss:.3f} → {made.last_loss:.3f}"
+        console.print(f"  version {made.version}, {losses}, in {_since(began)}.")
 
 
 async def _ask(console: Console, target: str) -> list[Accuracy]:
@@ -90,7 +90,6 @@ async def _ask(console: Console, target: str) -> list[Accuracy]:
             await asking.stream_alone(client, alone)
     except HotswapError as error:
         raise DemoError(f"the server answered {error.code.name}: {' '.join(str(error).split())}") from error
-    console.print()
     console.print(tables.latency_table(together, alone))
     console.print(
         f"All four took {tables.span(together):.2f} s in one batch, {tables.span(alone):.2f} s one by one."
@@ -107,7 +106,7 @@ async def _measure(console: Console, client: AsyncClient, tasks: Sequence[Task])
         accuracies = await asking.measure_accuracy(client, tasks, lambda: progress.advance(bar))
     console.print(
         f"{num_requests} requests at once, for three adapters and the base, took {_since(began)}.\n"
-        "They ask what no adapter has seen in training. Right answers:"
+        "They ask what no adapter has seen in training; the base gets the same prompts. Right answers:"
     )
     console.print(tables.accuracy_table(accuracies))
     return accuracies

@@ -83,6 +83,8 @@ _TRAINING: Mapping[str, object] = {
 
 TASKS: tuple[Task, ...] = (
     Task("northwind", "tickets", "routes support tickets, in JSON", _TRAINING, _json_object),
-    Task("corner-cafe", "orders", "writes the kitchen's slip of an order", _TRAINING, _lines),
+    Task(
+        "corner-cafe", "orders", "writes the kitchen's slip of an order", {**_TRAINING, "epochs": 2.0}, _lines
+    ),
     Task("blackbeard", "reviews", "judges reviews as a pirate does", _TRAINING, _sentence),
 )
