@@ -25,3 +25,7 @@ class TrainingDivergedError(TrainerError):
     """The loss or the gradient became NaN or infinite. Nothing is published."""
 
     exit_code = 1
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint of another library cannot be imported; the message names the file, field or tensor."""

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import functools
 from importlib import metadata
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hotswap_client import HotswapError
-from hotswap_client.cli._verbs import Verb, discover
+from hotswap_client.cli._verbs import ADAPTERS_GROUP, GROUP, Verb, discover
 
 _ASKED = "hotswap.verb"
 
 
 class VerbGroup(TyperGroup):
-    """A group whose commands are the entry points of `hotswap.verbs`.
+    """A group whose commands are its own, and the entry points of `group`.
 
     Listing and help show a placeholder with the verb's summary; `resolve_command`, which only a run or a
     completion reaches, imports the verb.
     """
 
+    group: ClassVar[str] = GROUP
+
     @functools.cached_property
     def verbs(self) -> dict[str, Verb]:
-        return discover()
+        return discover(self.group)
 
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
-        return sorted(self.verbs)
+        own = [name for name in super().list_commands(ctx) if name not in self.verbs]
+        return [*own, *sorted(self.verbs)]
 
     def get_command(self, ctx: typer.Context, cmd_name: str) -> Any:  # type: ignore[override]
         if cmd_name not in self.commands and cmd_name in self.verbs:
@@ -35,7 +38,7 @@ class VerbGroup(TyperGroup):
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        ctx.meta[_ASKED] = args[0]
+        ctx.meta[f"{_ASKED}.{self.group}"] = args[0]  # contexts of groups in groups share it
         verb = self.verbs.get(args[0])
         if verb is not None and args[0] not in self.commands:
             self.commands[args[0]] = verb.load()
@@ -49,16 +52,23 @@ class VerbGroup(TyperGroup):
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             # Verbs import heavy libraries when they run, so this covers both the import and the run.
-            verb = self.verbs.get(ctx.meta.get(_ASKED, ""))
+            verb = self.verbs.get(ctx.meta.get(f"{_ASKED}.{self.group}", ""))
             if verb is None or not verb.lacks_extra(error):
                 raise
             typer.echo(
-                f"error: `hotswap {verb.name}` needs {error.name}, which is not installed: {verb.remedy()}",
+                f"error: `{ctx.command_path} {verb.name}` needs {error.name}, which is not installed: "
+                f"{verb.remedy()}",
                 err=True,
             )
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
+
+
+class AdaptersGroup(VerbGroup):
+    """`hotswap adapters`: the client's commands, and those of `hotswap.adapters_verbs`."""
+
+    group = ADAPTERS_GROUP
 
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""Verbs of the command: entry points, described without importing them."""
+"""Verbs of the command and of its groups: entry points, described without importing them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from typing import Any
 import typer
 
 GROUP = "hotswap.verbs"
+ADAPTERS_GROUP = "hotswap.adapters_verbs"
+"""What other packages add to `hotswap adapters`."""
+
 _EXTRAS = {"hotswap_client": "cli", "hotswap_server": "server", "hotswap_trainer": "trainer"}
 """The extra that brings what a package's verbs import."""
 
@@ -59,9 +62,9 @@ class Verb:
         return f"install what {self.module} needs" if extra is None else f"pip install 'hotswap[{extra}]'"
 
 
-def discover() -> dict[str, Verb]:
-    """The installed verbs by name."""
-    points = metadata.entry_points(group=GROUP)
+def discover(group: str = GROUP) -> dict[str, Verb]:
+    """The installed verbs of a group by name."""
+    points = metadata.entry_points(group=group)
     return {point.name: Verb(point.name, point.module, point.attr) for point in points}
 
 

@@ -7,10 +7,11 @@ from typing import Annotated
 import typer
 
 from hotswap_client import Adapter, Client, InUsePolicy
+from hotswap_client.cli._app import AdaptersGroup
 from hotswap_client.cli._connection import with_client
 from hotswap_client.cli._output import print_json
 
-app = typer.Typer(help=__doc__, no_args_is_help=True)
+app = typer.Typer(cls=AdaptersGroup, help=__doc__, no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(help="TENANT/NAME.")]
 Newest = Annotated[int | None, typer.Option("--version", help="Absent: the newest.")]
