@@ -7,27 +7,27 @@ import ctypes
 import torch
 
 from hotswap_server.kernels.interface import AttentionLayout, GroupedLora, Projection, TokenSlots
-from hotswap_server.kernels.reference import ReferenceKernels, attend_sequence, gather_sequence, lora_segment
+from hotswap_server.kernels.reference import ReferenceKernels, attend_sequence, gather_sequence
 
-_PANEL = 16  # output features per packed panel, as in native.h
 _MAX_HEAD_DIM = 512  # attention.c's accumulator
 _MAX_RANK = 1024  # lora.c's
 _PACK_BATCH_HINT = 16  # oneDNN picks a weight layout for this many rows
 
 
 class PanelProjection:
-    """The weight in panels [out_features / 16, in_features, 16], read by linear.c."""
+    """The weight in panels [panels, in_features, panel width], read by linear.c."""
 
     def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self._library = library
         self.out_features, self.in_features = weight.shape
-        panels = -(-self.out_features // _PANEL)
-        padded = weight.new_zeros(panels * _PANEL, self.in_features)
+        width = library.hotswap_panel_width()
+        panels = -(-self.out_features // width)
+        padded = weight.new_zeros(panels * width, self.in_features)
         padded[: self.out_features] = weight
-        self._panels = padded.view(panels, _PANEL, self.in_features).transpose(1, 2).contiguous()
+        self._panels = padded.view(panels, width, self.in_features).transpose(1, 2).contiguous()
         self._bias = None
         if bias is not None:
-            self._bias = bias.new_zeros(panels * _PANEL)
+            self._bias = bias.new_zeros(panels * width)
             self._bias[: self.out_features] = bias
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -155,10 +155,6 @@ class NativeKernels(ReferenceKernels):
         if bank.a.shape[2] > _MAX_RANK:
             super().lora(x, bank, slots, out)
             return
-        for segment in slots.long:
-            lora_segment(x, bank, segment, out)
-        if slots.rest is None:
-            return
         members = len(bank.b)
         tables = (ctypes.c_void_p * members)(*(table.data_ptr() for table in bank.b))
         widths = (ctypes.c_int32 * members)(*bank.widths)
@@ -168,7 +164,7 @@ class NativeKernels(ReferenceKernels):
             x.data_ptr(),
             bank.a.data_ptr(),
             tables,
-            slots.rest.data_ptr(),
+            slots.index.data_ptr(),
             bank.ranks.data_ptr(),
             widths,
             offsets,

@@ -102,3 +102,4 @@ def _declare(library: ctypes.CDLL) -> None:
         function = getattr(library, name)
         function.argtypes = [kinds[kind] for kind in signature.replace(" ", "")]
         function.restype = None
+    library.hotswap_panel_width.restype = ctypes.c_int64

@@ -1,4 +1,4 @@
-// Shared by the CPU kernels: 8-wide float vectors that the compiler maps to AVX2 or NEON.
+// Shared by the CPU kernels: float vectors as wide as the processor's, which the compiler maps to its registers.
 
 #pragma once
 
@@ -7,10 +7,17 @@
 #include <stdint.h>
 #include <string.h>
 
-#define PANEL 16
+#ifdef __AVX512F__
+#define LANES 16
+#else
+#define LANES 8
+#endif
 
-typedef float vec __attribute__((vector_size(32), aligned(4)));
+// Output features in a panel of packed weights.
+#define PANEL (2 * LANES)
+
+typedef float vec __attribute__((vector_size(LANES * sizeof(float)), aligned(4)));
 
 static inline vec load(const float *p) { return *(const vec *)p; }
 static inline void store(float *p, vec v) { *(vec *)p = v; }
-static inline vec splat(float x) { return (vec){x, x, x, x, x, x, x, x}; }
+static inline vec splat(float x) { return x - (vec){0}; }
