@@ -322,4 +322,4 @@ def test_the_real_demo(tmp_path):
         assert before < 0.2 * count
         assert after > 0.6 * count
     for task in TASKS:
-        assert f"{task.adapter}@1, batched" in result.stdout
+        assert f"{task.adapter}@1 · path batched" in result.stdout

@@ -60,9 +60,9 @@ def test_an_ended_answer_shows_version_path_and_whether_it_is_right():
     shown = printed(view.side_by_side(answers, 160, 50))
     for task in TASKS:
         assert f"{task.adapter}@4" in shown
-    assert shown.count("batched · 3 tokens · right") == 2
-    assert shown.count("batched · 3 tokens · wrong") == 1
-    assert "base · 3 tokens ─" in shown
+    assert shown.count("path batched · 3 tokens · right") == 2
+    assert shown.count("path batched · 3 tokens · wrong") == 1
+    assert "path base · 3 tokens ─" in shown
     assert "▌" not in shown
 
 
@@ -92,9 +92,7 @@ async def test_without_a_terminal_each_answer_is_printed_as_it_ends():
     await view.watch(console, answers, fill())
     shown = console.file.getvalue()
     heads = [line for line in shown.splitlines() if " s  " in line]
-    assert [line.split()[2].rstrip(",") for line in heads] == [
-        view.who(answer) for answer in reversed(answers)
-    ]
+    assert [line.split()[2] for line in heads] == [view.who(answer) for answer in reversed(answers)]
     assert "        > Arr, this" in shown
     assert "\x1b" not in shown
 

@@ -40,7 +40,9 @@ def tell(console: Console, base: str, store: Path, *, fresh: bool) -> None:
         )
     console.print(
         f"[bold]hotswap demo[/]: three tenants share one base model, {escape(base)}; each has an adapter.\n"
-        "First the adapters are trained, which takes minutes, once. Then one server answers for all of them."
+        "First the adapters are trained: minutes, once. Then one server answers for all.\n"
+        f"The adapters' store is {escape(str(store))}.",
+        soft_wrap=True,
     )
     _train(console, base, store, fresh)
 
@@ -50,7 +52,7 @@ def tell(console: Console, base: str, store: Path, *, fresh: bool) -> None:
         console.print(f"hotswap serve is ready after {_since(loading)}, on {target}.")
         accuracies = asyncio.run(_ask(console, target))
     console.print(
-        f"\nDone in {_since(started)}; the server has stopped. To go on (the second in another terminal):\n"
+        f"\nDone in {_since(started)}; the server has stopped. Go on with these, from two terminals:\n"
     )
     for command in tables.next_commands(TASKS[0], base, store):
         console.print(f"  [green]{escape(command)}[/]", soft_wrap=True)
@@ -67,7 +69,7 @@ def _train(console: Console, base: str, store: Path, fresh: bool) -> None:
         found = None if fresh else processes.find_trained(task, base, store)
         console.print(f"[bold]{task.adapter}[/] {task.summary}: ", end="")
         if found is not None:
-            console.print(f"version {found.version} in {escape(str(store))} will do.", soft_wrap=True)
+            console.print(f"version {found.version} is there.")
             continue
         console.print(f"{len(task.train_file.read_bytes().splitlines())} examples.")
         console.file.flush()  # before what the trainer prints
@@ -85,7 +87,7 @@ async def _ask(console: Console, target: str) -> list[Accuracy]:
             for task in TASKS:  # so that the batch shows what loading costs
                 await client.adapters.unload(task.adapter)
             together, alone = asking.mixed_batch(TASKS), asking.mixed_batch(TASKS)
-            console.print("The adapters were unloaded: their requests wait for them, the base's does not.\n")
+            console.print("No adapter is loaded now: their requests wait for that, the base's does not.\n")
             await watch(console, together, asking.stream_together(client, together))
             await asking.stream_alone(client, alone)
     except HotswapError as error:
@@ -106,7 +108,7 @@ async def _measure(console: Console, client: AsyncClient, tasks: Sequence[Task])
         accuracies = await asking.measure_accuracy(client, tasks, lambda: progress.advance(bar))
     console.print(
         f"{num_requests} requests at once, for three adapters and the base, took {_since(began)}.\n"
-        "They ask what no adapter has seen in training; the base gets the same prompts. Right answers:"
+        "No adapter saw these questions in training. Right answers to the same prompts:"
     )
     console.print(tables.accuracy_table(accuracies))
     return accuracies

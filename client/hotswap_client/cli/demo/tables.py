@@ -37,7 +37,7 @@ def latency_table(together: Sequence[Answer], alone: Sequence[Answer]) -> Table:
     """Times of every request, in milliseconds: the server's for queue and load, ours for the others."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("milliseconds", no_wrap=True)
-    for heading in ("queue", "load", "first token", "per token", "total", "tokens/s"):
+    for heading in ("queue", "load", "first token", "per token", "total", "tok/s"):
         table.add_column(heading, justify="right")
     for title, answers in (("together, in one batch", together), ("alone, one after another", alone)):
         table.add_row(Text(title, style="bold"))

@@ -64,7 +64,7 @@ def side_by_side(answers: Sequence[Answer], width: int, height: int) -> Table:
 
 def plain(answer: Answer) -> Text:
     """An ended answer as lines of text: who answered, what was asked, what came."""
-    head = f"{answer.ended - answer.started:6.2f} s  {who(answer)}, {_status(answer)}"
+    head = f"{answer.ended - answer.started:6.2f} s  {who(answer)} · {_status(answer)}"
     lines = [head, *(f"          {line}" for line in answer.question.prompt.splitlines())]
     return Text("\n".join([*lines, *(f"        > {line}" for line in answer.text.strip().splitlines())]))
 
@@ -103,7 +103,7 @@ def _panel(answer: Answer, index: int, lines: int) -> Panel:
 def _status(answer: Answer) -> str:
     if answer.result is None:
         return "streaming" if answer.arrivals else "waiting"
-    parts = [str(answer.result.path), f"{answer.result.usage.generated_tokens} tokens"]
+    parts = [f"path {answer.result.path}", f"{answer.result.usage.generated_tokens} tokens"]
     if answer.is_right is not None:
         parts.append("right" if answer.is_right else "wrong")
     return " · ".join(parts)
