@@ -5,7 +5,8 @@
 
 VERSION is a decimal number from 1 on; the highest one is the latest. A version exists once it holds both
 files; a directory without them is none, as where the trainer publishes whole models in the same shape. A PEFT
-directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there too. Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
+directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there too.
+Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
 """
 
 from __future__ import annotations
