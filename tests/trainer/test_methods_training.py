@@ -105,6 +105,20 @@ def test_a_prefix_has_the_shape_of_grouped_query_attention(method_flags):
     assert config(projected)["prefix_projection"] is True
 
 
+def test_a_prefix_starts_as_text_that_the_base_has_read(method_flags, tiny_base, monkeypatch):
+    """Which tells too that keys and values lie where PEFT, and with it a server, looks for them."""
+    from hotswap_trainer.methods.prefix import METHOD
+
+    options = configure(method_flags("prefix", num_virtual_tokens=4)).method_options
+    base = AutoModelForCausalLM.from_pretrained(tiny_base)
+    first, after = torch.tensor([[base.config.bos_token_id, 9, 8, 7]]), torch.tensor([[5, 6, 7]])
+    monkeypatch.setattr(torch, "randint", lambda *_: first.clone())
+    with torch.no_grad():
+        expected = base(torch.cat([first, after], dim=1)).logits[:, 4:]
+        found = METHOD.attach(base, options)(after).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_ia3_scales_outputs_and_feedforward_inputs(method_flags):
     published = train(configure(method_flags("ia3")))
     shapes = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hotswap_trainer.errors import OptionError
 from hotswap_trainer.method import Method
@@ -11,6 +11,7 @@ from hotswap_trainer.options import option
 
 if TYPE_CHECKING:
     from peft import PrefixTuningConfig
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from hotswap_trainer.config import TrainOptions
@@ -73,5 +74,36 @@ class Prefix(Method[PrefixOptions]):
             encoder_hidden_size=options.encoder_hidden_size,  # type: ignore[arg-type]
         )
 
+    def attach(self, model: PreTrainedModel, options: PrefixOptions) -> Any:
+        """Without a projection the prefix starts as the keys and values of random tokens.
+
+        Activations of real words, related or not, train better than random numbers (section 7.4 of the
+        paper), which disturb the base until they are unlearnt.
+        """
+        from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
+
+        adapted = super().attach(model, options)
+        if not options.prefix_projection:
+            try:
+                initialize_kv_prefix_from_past_key_values(
+                    adapted, past_key_values=_activations(model, options.num_virtual_tokens)
+                )
+            except ValueError as error:
+                raise OptionError(f"--base: its layers' caches cannot hold such a prefix: {error}") from error
+        return adapted
+
 
 METHOD = Prefix()
+
+
+def _activations(model: PreTrainedModel, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values `[1, KV heads, count, head size]` by layer, of random tokens after a first one."""
+    import torch
+
+    config = model.config.get_text_config()
+    ids = torch.randint(config.vocab_size, (1, count))
+    if isinstance(config.bos_token_id, int):
+        ids[0, 0] = config.bos_token_id
+    with torch.no_grad():
+        cache = model(input_ids=ids.to(model.device), use_cache=True).past_key_values
+    return [(layer.keys, layer.values) for layer in cache.layers]
