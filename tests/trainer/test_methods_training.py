@@ -71,8 +71,9 @@ def test_what_is_published_is_a_peft_directory(method_flags, method, tiny_base):
     assert ("import hotswap_trainer.methods.bottleneck.tuner" in card) == (method == "bottleneck")
 
 
-def test_a_qlora_is_an_ordinary_lora(method_flags, tiny_base):
+def test_a_qlora_is_an_ordinary_lora(method_flags, flags):
     published = train(configure(method_flags("qlora", quant_type="fp4", double_quant=False)))
+    assert published.report.parameters == train(configure(flags)).report.parameters
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors(published).items()}
     assert shapes["base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"] == (4, 48)
     assert {tensor.dtype for tensor in tensors(published).values()} == {torch.float32}

@@ -158,6 +158,8 @@ def _model(run: Run, base: Path) -> Any:
 
 
 def _count(model: Any) -> Parameters:
+    if hasattr(model, "get_nb_trainable_parameters"):
+        return Parameters(*model.get_nb_trainable_parameters())  # which knows that 4-bit weights lie packed
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Parameters(trainable, sum(p.numel() for p in model.parameters()))
 
