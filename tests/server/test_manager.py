@@ -44,8 +44,6 @@ def manager(llama_base, store):
     manager.recorder = recorder
     yield manager
     manager.close()
-    for group in llama_base.projections:
-        group.deltas.clear()
 
 
 def acquire(manager: AdapterManager, name: str) -> tuple[AdapterRef, int]:
@@ -80,7 +78,7 @@ def test_the_least_recently_used_leaves_first(manager):
     assert evicted(manager) == ["b", "c"]
     use(manager, "c")
     assert evicted(manager) == ["b", "c", "a"]
-    assert manager.slot_counts() == {"lora": (3, 3)}
+    assert manager.slot_counts()["lora"] == (3, 3)
 
 
 def test_a_slot_in_use_is_never_taken(manager):
@@ -132,7 +130,7 @@ def test_unload_of_an_idle_adapter(manager):
     assert manager.unload("acme/a", None, in_use=InUse.WAIT).result(SOON_S) == 1
     assert manager.get("acme/a", None).residency is Residency.STORE
     assert manager.unload("acme/a", None, in_use=InUse.WAIT).result(SOON_S) == 0
-    assert manager.slot_counts() == {"lora": (1, 3)}
+    assert manager.slot_counts()["lora"] == (1, 3)
     use(manager, "a")
 
 
@@ -180,7 +178,7 @@ def test_unload_of_what_is_being_loaded(manager, monkeypatch):
     gate.set()
     assert left.result(SOON_S) == 1
     loading.result(SOON_S)
-    assert manager.slot_counts() == {"lora": (0, 3)}
+    assert manager.slot_counts()["lora"] == (0, 3)
 
 
 def test_the_engine_is_called_without_the_manager_s_lock(manager):
@@ -250,7 +248,7 @@ def test_a_fixed_adapter_works_at_once(llama_base, tokenizer, store, sources):
         assert "truncated" in str(running.adapters.load("acme/a", None).exception(SOON_S))
         weights.write_bytes((sources[0] / weights.name).read_bytes())
         running.generate(PROMPT, "acme/a").result()
-        assert running.adapters.slot_counts() == {"lora": (1, 8)}
+        assert running.adapters.slot_counts()["lora"] == (1, 8)
 
 
 def test_many_threads_loading_unloading_and_requesting(llama_base, tokenizer, store):

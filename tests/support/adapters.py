@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -124,3 +124,15 @@ class Oracle:
 
     def generate(self, adapter: str | None, prompt: tuple[int, ...], max_new_tokens: int) -> list[int]:
         return generate_greedily(self.model(adapter), prompt, max_new_tokens)
+
+
+def write_ia3(model: nn.Module, directory: Path, *, seed: int = 0, **options: Any) -> Path:
+    """An IA³ with random scales around one, saved by PEFT."""
+    torch.manual_seed(seed)
+    peft = get_peft_model(copy.deepcopy(model), IA3Config(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "ia3_l" in name:
+                parameter.normal_(mean=1.0, std=0.7)
+    peft.save_pretrained(directory)
+    return directory

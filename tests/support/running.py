@@ -171,9 +171,6 @@ class Running:
         finally:
             self.engine.stop()
             self.adapters.close()
-            # The base outlives the engine: the next one brings its own banks.
-            for group in self.engine.base.projections:
-                group.deltas.clear()
         if error is None:
             self.assert_clean()
 

@@ -112,6 +112,7 @@ class AdapterManager:
         options = options or BankOptions()
         methods = available_methods()
         self._store = store
+        self._base = base
         self._observer = observer
         self._banks: dict[str, AdapterBank] = {
             name: method.create_bank(base, options) for name, method in methods.items()
@@ -139,8 +140,10 @@ class AdapterManager:
         return AdapterStore(url, method_of)
 
     def close(self) -> None:
+        """End the loading, and leave the base without adapters; its engine must have stopped."""
         self._loader.close()
         self._copier.shutdown(wait=True)
+        self._base.detach_adapters()
 
     # What the engine's scheduler asks; never blocks.
 

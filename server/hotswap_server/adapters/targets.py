@@ -59,6 +59,14 @@ def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[
     return selected
 
 
+def matches(config: Mapping[str, object], field: str, module: str) -> bool:
+    """Whether `field`, a pattern or a list of name endings as IA³'s `feedforward_modules`, means `module`."""
+    given = _names_or_pattern(config, field)
+    if isinstance(given, str):
+        return _compile(field, given).fullmatch(module) is not None
+    return any(module.endswith(name) for name in given or ())
+
+
 def by_pattern(field: str, patterns: Mapping[str, V], module: str, default: V) -> V:
     """The value of the first pattern that `module` ends with, as PEFT reads `rank_pattern` and its like."""
     for key, value in patterns.items():

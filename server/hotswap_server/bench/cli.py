@@ -17,7 +17,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for every prompt.")] = 64,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
-    repeat: Annotated[int, typer.Option(min=1, help="Runs of each case on each side, in turn.")] = 3,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds, each with all cases on both sides.")] = 3,
     kernels: Annotated[str, typer.Option(help="auto, native, onednn or reference.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts and adapters.")] = 0,
@@ -53,7 +53,7 @@ def _measure(
     from hotswap_server.bench.ours import EngineSide
     from hotswap_server.bench.report import print_report, summarise
     from hotswap_server.bench.theirs import StaticBatchSide
-    from hotswap_server.bench.workload import make_prompts, write_adapters
+    from hotswap_server.bench.workload import Round, make_prompts, write_adapters
     from hotswap_server.engine.base import load_base
     from hotswap_server.kernels import select_kernels
 
@@ -67,25 +67,24 @@ def _measure(
     slots = sum(case.adapters for case in cases) or 1
     ours = EngineSide(base, AutoTokenizer.from_pretrained(path), store, slots, shape.rank)
     theirs = StaticBatchSide(model, store)
-    figures = []
+    rounds: list[Round] = []
     try:
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("measuring", total=len(cases) * (repeat + 1) * 2)
-            for case in cases:
-                prompts = make_prompts(case.requests, shape.prompt_tokens, base.vocab_size, seed)
-                runs: list[tuple[Any, Any]] = []
-                for side in (ours, theirs):
-                    side.prepare(case)
-                    side.run(case, prompts, 4)
-                    progress.advance(task)
-                for _ in range(repeat):
-                    pair = []
+            task = progress.add_task("measuring", total=len(cases) * (repeat + 1))
+            # All cases in every round, so that a machine that slows down does so for each of them.
+            for number in range(repeat + 1):
+                pairs = []
+                for case in cases:
+                    prompts = make_prompts(case.requests, shape.prompt_tokens, base.vocab_size, seed)
                     for side in (ours, theirs):
-                        pair.append(side.run(case, prompts, shape.new_tokens))
-                        progress.advance(task)
-                    runs.append((pair[0], pair[1]))
-                figures.append(summarise(case, runs))
+                        side.prepare(case)
+                    length = shape.new_tokens if number else min(4, shape.new_tokens)
+                    pairs.append((ours.run(case, prompts, length), theirs.run(case, prompts, length)))
+                    progress.advance(task)
+                if number:  # the first round warms up
+                    rounds.append(pairs)
     finally:
         ours.close()
+    figures = summarise(cases, rounds)
     print_report(console, figures, kernels=chosen.name, threads=torch.get_num_threads(), shape=shape)
     return figures

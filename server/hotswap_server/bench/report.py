@@ -5,28 +5,39 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from hotswap_server.bench.workload import Case, Run, Shape, percentiles
+from hotswap_server.bench.workload import Case, Round, Run, Shape, percentiles
 
 
-def summarise(case: Case, runs: list[tuple[Run, Run]]) -> dict[str, Any]:
-    """Medians over the runs; `ratio` is that of the runs' ratios, since the two of a run share its noise.
+def summarise(cases: list[Case], rounds: list[Round]) -> list[dict[str, Any]]:
+    """Medians over the rounds, by case. Ratios are of runs of one round, which share the noise.
 
-    `agreement` is the share of requests whose tokens are the same on both sides.
+    `agreement` is the share of requests with the same tokens on both sides; `of_base` the throughput as a
+    share of the engine's own without adapters, at the same number of requests.
     """
-    ours, theirs = [pair[0] for pair in runs], [pair[1] for pair in runs]
-    same = sum(a == b for mine, other in runs for a, b in zip(mine.tokens, other.tokens, strict=True))
-    return {
-        "case": case.name,
-        "adapters": case.adapters,
-        "requests": case.requests,
-        "hotswap": _side(ours),
-        "reference": {
-            "name": "PEFT adapter_names" if case.adapters else "transformers generate",
-            **_side(theirs),
-        },
-        "ratio": statistics.median(mine.throughput / other.throughput for mine, other in runs),
-        "agreement": same / (len(runs) * case.requests),
-    }
+    bases = {case.requests: index for index, case in enumerate(cases) if not case.adapters}
+    figures = []
+    for index, case in enumerate(cases):
+        runs = [pairs[index] for pairs in rounds]
+        same = sum(a == b for mine, other in runs for a, b in zip(mine.tokens, other.tokens, strict=True))
+        plain = bases[case.requests]
+        figures.append(
+            {
+                "case": case.name,
+                "adapters": case.adapters,
+                "requests": case.requests,
+                "hotswap": _side([mine for mine, _ in runs]),
+                "reference": {
+                    "name": "PEFT adapter_names" if case.adapters else "transformers generate",
+                    **_side([other for _, other in runs]),
+                },
+                "ratio": statistics.median(mine.throughput / other.throughput for mine, other in runs),
+                "of_base": statistics.median(
+                    pairs[index][0].throughput / pairs[plain][0].throughput for pairs in rounds
+                ),
+                "agreement": same / (len(runs) * case.requests),
+            }
+        )
+    return figures
 
 
 def print_report(
@@ -55,11 +66,9 @@ def print_report(
                 end_section=not extra,
             )
     console.print(table)
-    largest = max((entry for entry in figures if not entry["adapters"]), key=lambda entry: entry["requests"])
     for entry in figures:
-        if entry["adapters"] and entry["requests"] == largest["requests"]:
-            share = entry["hotswap"]["throughput"] / largest["hotswap"]["throughput"]
-            console.print(f"{entry['case']}: {share:.1%} of the engine's own base throughput")
+        if entry["adapters"]:
+            console.print(f"{entry['case']}: {entry['of_base']:.1%} of the engine's own base throughput")
 
 
 def _side(runs: list[Run]) -> dict[str, float]:

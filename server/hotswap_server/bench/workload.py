@@ -49,6 +49,10 @@ class Run:
         return sum(map(len, self.tokens)) / self.seconds
 
 
+Round = list[tuple[Run, Run]]
+"""One run of every case: the engine's and the other side's."""
+
+
 def default_cases(adapters: int, requests: int) -> list[Case]:
     return [
         Case(f"base, {requests // 2} requests", requests // 2, 0),

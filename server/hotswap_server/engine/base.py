@@ -40,6 +40,11 @@ class BaseModel:
     linear_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(out_features, in_features) of every linear module an adapter may target, by module name."""
 
+    def detach_adapters(self) -> None:
+        """Take every adapter method off the base."""
+        for group in self.projections:
+            group.detach()
+
     @property
     def vocab_size(self) -> int:
         return int(self.config.vocab_size)

@@ -17,6 +17,12 @@ class ProjectionDelta(Protocol):
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
 
 
+class InputTransform(Protocol):
+    """What a method makes of a group's input: x [tokens, in_features] stays as it is, the result is new."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
 class ProjectionGroup:
     """Projections that read the same tensor, such as q, k and v: their weights are stacked into one."""
 
@@ -28,6 +34,7 @@ class ProjectionGroup:
         self.offsets = tuple(sum(widths[:index]) for index in range(len(widths)))
         self.in_features = in_features
         self.projection = projection
+        self.inputs: list[InputTransform] = []
         self.deltas: list[ProjectionDelta] = []
         self._given: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
@@ -47,10 +54,17 @@ class ProjectionGroup:
         projection = kernels.projection(weight, bias)
         return cls([name for name, _ in members], widths, weight.shape[1], projection)
 
+    def detach(self) -> None:
+        """Forget every adapter method."""
+        self.inputs.clear()
+        self.deltas.clear()
+
     def project(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """The output of one member. The first to see a tensor computes all; the last forgets it."""
         if x is not self._given or self._out is None:
             rows = x.reshape(-1, self.in_features)
+            for transform in self.inputs:
+                rows = transform(rows)
             out = self.projection(rows)
             for delta in self.deltas:
                 delta(rows, out)

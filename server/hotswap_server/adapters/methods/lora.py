@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.adapters.fields import MODULE_PREFIX, check_fields, check_targets
 from hotswap_server.adapters.method import BankOptions, shown_fields
 from hotswap_server.adapters.targets import by_pattern, target_modules
 from hotswap_server.engine.attention import StepState
@@ -17,7 +18,6 @@ from hotswap_server.engine.projection import ProjectionGroup
 from hotswap_server.errors import AdapterInvalidError
 from hotswap_server.kernels import GroupedLora
 
-_PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 # Fields of LoraConfig that this file reads.
@@ -27,7 +27,7 @@ _READ = frozenset(
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
     }
 )
-# Fields that leave a trained adapter's result alone.
+# Fields of its own that leave a trained adapter's result alone.
 _WITHOUT_EFFECT = frozenset(
     {
         *(
@@ -139,7 +139,7 @@ class LoraMethod:
         _check_fields(config)
         pairs = _pair_tensors(checkpoint.tensors)
         expected = target_modules(config, base.linear_shapes)
-        _check_targets(expected, set(pairs))
+        check_targets(expected, set(pairs), _A)
         weights = {}
         for module, (a, b) in pairs.items():
             _check_shapes(module, a, b, base.linear_shapes[module])
@@ -169,20 +169,13 @@ def _check_fields(config: Mapping[str, object]) -> None:
     bias = config.get("bias", "none")
     if bias != "none":
         raise AdapterInvalidError(f"adapter_config.json: bias {bias!r} is not served; train with bias 'none'")
-    task = config.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise AdapterInvalidError(f"adapter_config.json: task_type {task!r} is not served, only CAUSAL_LM")
     init = config.get("init_lora_weights", True)
     if init not in _PLAIN_INITS:
         raise AdapterInvalidError(
             f"adapter_config.json: init_lora_weights {init!r} changes the base weights; save the adapter "
             "with PEFT's path_initial_model_for_weight_conversion, which turns it into a plain LoRA"
         )
-    for name, value in config.items():
-        if name not in _READ | _WITHOUT_EFFECT and value not in (None, False, [], {}, ""):
-            raise AdapterInvalidError(
-                f"adapter_config.json: {name} = {value!r} is not served; train without it"
-            )
+    check_fields(config, read=_READ, without_effect=_WITHOUT_EFFECT)
 
 
 def _pair_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -192,9 +185,9 @@ def _pair_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
             if marker in name:
                 raise AdapterInvalidError(f"tensor {name}: {meaning} is not served")
         suffix = next((end for end in (_A, _B) if name.endswith(end)), None)
-        if suffix is None or not name.startswith(_PREFIX):
+        if suffix is None or not name.startswith(MODULE_PREFIX):
             raise AdapterInvalidError(f"tensor {name}: is no part of a LoRA, and nothing would use it")
-        halves.setdefault(name[len(_PREFIX) : -len(suffix)], {})[suffix] = tensor
+        halves.setdefault(name[len(MODULE_PREFIX) : -len(suffix)], {})[suffix] = tensor
     for module, pair in halves.items():
         if len(pair) != 2:
             present = next(iter(pair))
@@ -202,19 +195,6 @@ def _pair_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
                 f"tensor {module}{present}: its partner {_B if present == _A else _A} is missing"
             )
     return {module: (pair[_A], pair[_B]) for module, pair in halves.items()}
-
-
-def _check_targets(expected: set[str], present: set[str]) -> None:
-    if missing := sorted(expected - present):
-        raise AdapterInvalidError(
-            f"adapter_config.json: targets {missing[0]} ({len(missing)} modules), for which there are no "
-            "tensors"
-        )
-    if unused := sorted(present - expected):
-        raise AdapterInvalidError(
-            f"tensor {_PREFIX}{unused[0]}{_A}: its module is no target of adapter_config.json or no linear "
-            "layer of the base's decoder, so nothing would use it"
-        )
 
 
 def _check_shapes(module: str, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]) -> None:

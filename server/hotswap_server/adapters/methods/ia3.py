@@ -1,0 +1,143 @@
+"""IA³ (Liu et al., 2022): a learned scale on a projection's output or, feed-forward, its input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.adapters.fields import MODULE_PREFIX, check_fields, check_targets
+from hotswap_server.adapters.method import BankOptions, shown_fields
+from hotswap_server.adapters.targets import matches, target_modules
+from hotswap_server.engine.attention import StepState
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.projection import ProjectionGroup
+from hotswap_server.errors import AdapterInvalidError
+
+_SUFFIX = ".ia3_l"
+_READ = frozenset({"target_modules", "feedforward_modules", "exclude_modules"})
+_WITHOUT_EFFECT = frozenset({"init_ia3_weights"})
+
+
+@dataclass(frozen=True, slots=True)
+class Ia3Adapter:
+    """Scales by module: of its output [out_features], or of its input [in_features]."""
+
+    output_scales: Mapping[str, torch.Tensor]
+    input_scales: Mapping[str, torch.Tensor]
+    nbytes: int
+    num_parameters: int
+    details: Mapping[str, str]
+    method: str = field(default="ia3", init=False)
+
+
+class Ia3Bank:
+    """A table [slots + 1, features] per group that is touched.
+
+    The last row is ones: it is what -1, the index of a token without a slot, means.
+    """
+
+    def __init__(self, base: BaseModel, options: BankOptions) -> None:
+        self.num_slots = options.num_slots
+        self._base = base
+        self._outputs: dict[ProjectionGroup, torch.Tensor] = {}
+        self._inputs: dict[ProjectionGroup, torch.Tensor] = {}
+
+    def put(self, slot: int, adapter: Ia3Adapter) -> None:
+        for group in self._base.projections:
+            if table := self._table(self._outputs, group, sum(group.widths), adapter.output_scales):
+                table[0][slot] = 1.0
+                for name, offset, width in zip(group.names, group.offsets, group.widths, strict=True):
+                    if (scale := adapter.output_scales.get(name)) is not None:
+                        table[0][slot, offset : offset + width] = scale
+            if table := self._table(self._inputs, group, group.in_features, adapter.input_scales):
+                table[0][slot] = adapter.input_scales.get(group.names[0], 1.0)
+
+    def _table(
+        self,
+        tables: dict[ProjectionGroup, torch.Tensor],
+        group: ProjectionGroup,
+        features: int,
+        scales: Mapping[str, torch.Tensor],
+    ) -> list[torch.Tensor]:
+        """The group's table, made when a scale first touches it; nothing while none has."""
+        if group not in tables:
+            if not any(name in scales for name in group.names):
+                return []
+            table = torch.ones(self.num_slots + 1, features, dtype=self._base.dtype, device=self._base.device)
+            tables[group] = table
+            if tables is self._outputs:
+                group.deltas.append(_OutputScale(self._base.state, table))
+            else:
+                group.inputs.append(_InputScale(self._base.state, table))
+        return [tables[group]]
+
+
+class _OutputScale:
+    def __init__(self, state: StepState, table: torch.Tensor) -> None:
+        self._state = state
+        self._table = table
+
+    def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
+        slots = self._state.slots.get(METHOD.name)
+        if slots is not None:
+            out.mul_(self._table[slots.index.long()])
+
+
+class _InputScale:
+    def __init__(self, state: StepState, table: torch.Tensor) -> None:
+        self._state = state
+        self._table = table
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        slots = self._state.slots.get(METHOD.name)
+        return x if slots is None else x * self._table[slots.index.long()]
+
+
+class Ia3Method:
+    """Reads PEFT's IA3 checkpoints."""
+
+    name = "ia3"
+    peft_type = "IA3"
+
+    def create_bank(self, base: BaseModel, options: BankOptions) -> Ia3Bank:
+        return Ia3Bank(base, options)
+
+    def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> Ia3Adapter:
+        config = checkpoint.config
+        check_fields(config, read=_READ, without_effect=_WITHOUT_EFFECT)
+        scales = {}
+        for name, tensor in checkpoint.tensors.items():
+            if not (name.startswith(MODULE_PREFIX) and name.endswith(_SUFFIX)):
+                raise AdapterInvalidError(f"tensor {name}: is no part of an IA3, and nothing would use it")
+            scales[name[len(MODULE_PREFIX) : -len(_SUFFIX)]] = tensor
+        check_targets(target_modules(config, base.linear_shapes), set(scales), _SUFFIX)
+        groups = {name: group for group in base.projections for name in group.names}
+        outputs: dict[str, torch.Tensor] = {}
+        inputs: dict[str, torch.Tensor] = {}
+        for module, tensor in scales.items():
+            out_features, in_features = base.linear_shapes[module]
+            feed_forward = matches(config, "feedforward_modules", module)
+            shape = (1, in_features) if feed_forward else (out_features, 1)
+            if tuple(tensor.shape) != shape:
+                raise AdapterInvalidError(
+                    f"tensor {module}{_SUFFIX}: is {list(tensor.shape)}, the base needs {list(shape)}"
+                )
+            if feed_forward and len(groups[module].names) > 1:
+                raise AdapterInvalidError(
+                    f"adapter_config.json: feedforward_modules holds {module}, which shares its input with "
+                    "other layers; scale its output instead, or adapt down_proj"
+                )
+            (inputs if feed_forward else outputs)[module] = tensor.flatten().to(base.dtype)
+        return Ia3Adapter(
+            output_scales=outputs,
+            input_scales=inputs,
+            nbytes=sum(scale.nbytes for scale in (*outputs.values(), *inputs.values())),
+            num_parameters=sum(scale.numel() for scale in scales.values()),
+            details=shown_fields(config, ("target_modules", "feedforward_modules")),
+        )
+
+
+METHOD = Ia3Method()
