@@ -72,7 +72,9 @@ class FakeServer:
 
 
 def _list(request: adapters_pb2.ListAdaptersRequest) -> adapters_pb2.ListAdaptersResponse:
-    older = adapters_pb2.Adapter(name="acme/old", version=1, residency=adapters_pb2.RESIDENCY_STORE)
+    older = adapters_pb2.Adapter(
+        name="acme/old", version=1, residency=adapters_pb2.RESIDENCY_STORE, error="acme/old@1: is damaged"
+    )
     if request.page_token == "":
         return adapters_pb2.ListAdaptersResponse(adapters=[older], next_page_token="more")
     return adapters_pb2.ListAdaptersResponse(adapters=[ADAPTER])

@@ -79,12 +79,20 @@ def test_the_key_comes_from_the_environment(hotswap, fake, monkeypatch):
     assert "s3cret" not in hotswap("adapters", "show", "--help").stdout
 
 
+def test_a_server_that_is_not_there_gets_a_hint(hotswap):
+    result = hotswap("adapters", "list", "--target", "localhost:1")
+    assert result.exit_code == 1
+    assert "Is `hotswap serve` running there?" in result.stderr
+
+
 def test_adapters_list(hotswap):
     result = hotswap("adapters", "list")
     assert result.exit_code == 0
     assert "acme/support" in result.stdout
     assert "3.0 MiB" in result.stdout
     assert "device, pinned" in result.stdout
+    assert "store, broken" in result.stdout
+    assert "acme/old@1: is damaged" in result.stderr
     assert [entry["name"] for entry in json.loads(hotswap("adapters", "list", "--json").stdout)] == [
         "acme/old",
         "acme/support",

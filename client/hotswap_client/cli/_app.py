@@ -49,6 +49,8 @@ class VerbGroup(TyperGroup):
             return super().invoke(ctx)
         except HotswapError as error:
             typer.echo(f"error: {error.code.name}: {' '.join(str(error).split())}", err=True)
+            if "failed to connect" in str(error).lower():
+                typer.echo("Is `hotswap serve` running there? --target says where to look.", err=True)
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             # Verbs import heavy libraries when they run, so this covers both the import and the run.

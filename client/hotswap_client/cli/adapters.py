@@ -37,16 +37,19 @@ def list_(
     table = Table("adapter", "version", "method", "size", "where", "running")
     for adapter in found:
         marks = [str(adapter.residency)]
-        marks += ["pinned"] * adapter.pinned + ["merged"] * adapter.merged
+        marks += ["pinned"] * adapter.pinned + ["merged"] * adapter.merged + ["broken"] * bool(adapter.error)
         table.add_row(
             adapter.name,
             str(adapter.version),
             adapter.method,
-            _size(adapter.size_bytes),
+            _size(adapter.size_bytes) if adapter.size_bytes else "not read yet",
             ", ".join(marks),
             str(adapter.running_requests),
         )
     Console().print(table)
+    for adapter in found:
+        if adapter.error:
+            typer.echo(adapter.error, err=True)
 
 
 @app.command()
