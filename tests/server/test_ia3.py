@@ -62,18 +62,30 @@ def test_every_variant_alone(llama_base, tokenizer, store, oracles):
                 assert_equal(oracles(name), name, outcome)
 
 
-def test_beside_lora_and_the_base_under_pressure(llama_base, tokenizer, store, oracles):
-    names = [None, *(f"acme/{name}" for name in VARIANTS), "acme/lora4", "acme/lora9"]
-    pressure = {"kv_pages": 200, "page_size": 2, "slots": 2, "max_batch_tokens": 48}
-    with Running(llama_base, tokenizer, store, **pressure) as running:
-        outcomes = [
-            (name, running.generate(random_prompt(5 + 9 * i, seed=i), name, max_new_tokens=NEW_TOKENS))
-            for i, name in enumerate([*names, *names])
-        ]
-        for name, outcome in outcomes:
+NAMES = [None, *(f"acme/{name}" for name in VARIANTS), "acme/lora4", "acme/lora9"]
+
+
+def crowd(running: Running) -> list[tuple[str | None, Outcome]]:
+    return [
+        (name, running.generate(random_prompt(5 + 9 * i, seed=i), name, max_new_tokens=NEW_TOKENS))
+        for i, name in enumerate([*NAMES, *NAMES])
+    ]
+
+
+def test_beside_lora_and_the_base_while_adapters_are_evicted(llama_base, tokenizer, store, oracles):
+    with Running(llama_base, tokenizer, store, slots=2, max_batch_tokens=48) as running:
+        for name, outcome in crowd(running):
+            assert_equal(oracles(name), name, outcome)
+        assert running.recorder.count("evicted") > 0
+
+
+def test_beside_lora_and_the_base_while_requests_are_preempted(llama_base, tokenizer, store, oracles):
+    with Running(llama_base, tokenizer, store, kv_pages=200, page_size=2, max_batch_tokens=48) as running:
+        for name in NAMES[1:]:  # all resident, so that memory alone holds requests back
+            running.generate(random_prompt(3, seed=0), name, max_new_tokens=1).result()
+        for name, outcome in crowd(running):
             assert_equal(oracles(name), name, outcome)
         assert running.engine.stats().preemptions > 0
-        assert running.recorder.count("evicted") > 0
 
 
 @pytest.mark.parametrize(

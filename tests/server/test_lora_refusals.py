@@ -41,8 +41,11 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 
 
 REFUSED: dict[str, tuple[Edit, str]] = {
-    "dora_field": (fields(use_dora=True), "use_dora"),
-    "dora_tensor": (added(f"{PREFIX}.q_proj.lora_magnitude_vector", 64), "lora_magnitude_vector: DoRA"),
+    "dora_field": (fields(use_dora=True), "for which there are no tensors"),
+    "dora_tensor": (
+        added(f"{PREFIX}.q_proj.lora_magnitude_vector", 64),
+        "lora_magnitude_vector: is of a DoRA",
+    ),
     "modules_to_save_field": (fields(modules_to_save=["lm_head"]), "modules_to_save"),
     "modules_to_save_tensor": (
         added("base_model.model.lm_head.modules_to_save.weight", 300, 64),

@@ -27,13 +27,19 @@ class ProjectionGroup:
     """Projections that read the same tensor, such as q, k and v: their weights are stacked into one."""
 
     def __init__(
-        self, names: Sequence[str], widths: Sequence[int], in_features: int, projection: Projection
+        self,
+        names: Sequence[str],
+        widths: Sequence[int],
+        in_features: int,
+        projection: Projection,
+        bias: torch.Tensor | None,
     ) -> None:
         self.names = tuple(names)
         self.widths = tuple(widths)
         self.offsets = tuple(sum(widths[:index]) for index in range(len(widths)))
         self.in_features = in_features
         self.projection = projection
+        self.bias = bias
         self.inputs: list[InputTransform] = []
         self.deltas: list[ProjectionDelta] = []
         self._given: torch.Tensor | None = None
@@ -52,7 +58,12 @@ class ProjectionGroup:
             )
         widths = [linear.out_features for _, linear in members]
         projection = kernels.projection(weight, bias)
-        return cls([name for name, _ in members], widths, weight.shape[1], projection)
+        return cls([name for name, _ in members], widths, weight.shape[1], projection, bias)
+
+    def weight_of(self, name: str) -> torch.Tensor:
+        """A member's weight [out_features, in_features], bit for bit the base's."""
+        member = self.names.index(name)
+        return self.projection.weight()[self.offsets[member] : self.offsets[member] + self.widths[member]]
 
     def detach(self) -> None:
         """Forget every adapter method."""

@@ -10,6 +10,7 @@ import torch
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.fields import MODULE_PREFIX, check_fields, check_targets
 from hotswap_server.adapters.method import BankOptions, shown_fields
+from hotswap_server.adapters.scales import ScaleTable
 from hotswap_server.adapters.targets import matches, target_modules
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import BaseModel
@@ -34,66 +35,54 @@ class Ia3Adapter:
 
 
 class Ia3Bank:
-    """A table [slots + 1, features] per group that is touched.
-
-    The last row is ones: it is what -1, the index of a token without a slot, means.
-    """
+    """A table of scales for each group whose output, or input, an adapter has touched."""
 
     def __init__(self, base: BaseModel, options: BankOptions) -> None:
         self.num_slots = options.num_slots
         self._base = base
-        self._outputs: dict[ProjectionGroup, torch.Tensor] = {}
-        self._inputs: dict[ProjectionGroup, torch.Tensor] = {}
+        self._outputs: dict[ProjectionGroup, ScaleTable] = {}
+        self._inputs: dict[ProjectionGroup, ScaleTable] = {}
 
     def put(self, slot: int, adapter: Ia3Adapter) -> None:
         for group in self._base.projections:
-            if table := self._table(self._outputs, group, sum(group.widths), adapter.output_scales):
-                table[0][slot] = 1.0
-                for name, offset, width in zip(group.names, group.offsets, group.widths, strict=True):
-                    if (scale := adapter.output_scales.get(name)) is not None:
-                        table[0][slot, offset : offset + width] = scale
-            if table := self._table(self._inputs, group, group.in_features, adapter.input_scales):
-                table[0][slot] = adapter.input_scales.get(group.names[0], 1.0)
-
-    def _table(
-        self,
-        tables: dict[ProjectionGroup, torch.Tensor],
-        group: ProjectionGroup,
-        features: int,
-        scales: Mapping[str, torch.Tensor],
-    ) -> list[torch.Tensor]:
-        """The group's table, made when a scale first touches it; nothing while none has."""
-        if group not in tables:
-            if not any(name in scales for name in group.names):
-                return []
-            table = torch.ones(self.num_slots + 1, features, dtype=self._base.dtype, device=self._base.device)
-            tables[group] = table
-            if tables is self._outputs:
+            if group not in self._outputs and any(name in adapter.output_scales for name in group.names):
+                table = ScaleTable(self._base, self.num_slots, sum(group.widths))
+                self._outputs[group] = table
                 group.deltas.append(_OutputScale(self._base.state, table))
-            else:
+            if group not in self._inputs and group.names[0] in adapter.input_scales:
+                table = ScaleTable(self._base, self.num_slots, group.in_features)
+                self._inputs[group] = table
                 group.inputs.append(_InputScale(self._base.state, table))
-        return [tables[group]]
+        for group, table in self._outputs.items():
+            table.reset(slot)
+            for name, offset in zip(group.names, group.offsets, strict=True):
+                if (scale := adapter.output_scales.get(name)) is not None:
+                    table.put(slot, offset, scale)
+        for group, table in self._inputs.items():
+            table.reset(slot)
+            if (scale := adapter.input_scales.get(group.names[0])) is not None:
+                table.put(slot, 0, scale)
 
 
 class _OutputScale:
-    def __init__(self, state: StepState, table: torch.Tensor) -> None:
+    def __init__(self, state: StepState, table: ScaleTable) -> None:
         self._state = state
         self._table = table
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         slots = self._state.slots.get(METHOD.name)
         if slots is not None:
-            out.mul_(self._table[slots.index.long()])
+            out.mul_(self._table.rows(slots))
 
 
 class _InputScale:
-    def __init__(self, state: StepState, table: torch.Tensor) -> None:
+    def __init__(self, state: StepState, table: ScaleTable) -> None:
         self._state = state
         self._table = table
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         slots = self._state.slots.get(METHOD.name)
-        return x if slots is None else x * self._table[slots.index.long()]
+        return x if slots is None else x * self._table.rows(slots)
 
 
 class Ia3Method:

@@ -1,16 +1,21 @@
-"""LoRA (Hu et al., 2021): W x + scaling * B A x, with rsLoRA's scaling (Kalajdzievski, 2023)."""
+"""LoRA (Hu et al., 2021): W x + scaling * B A x, with rsLoRA's scaling (Kalajdzievski, 2023), and DoRA.
+
+DoRA (Liu et al., 2024) scales each output by magnitude / ||W + scaling * B A||, a norm taken once at load.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.fields import MODULE_PREFIX, check_fields, check_targets
 from hotswap_server.adapters.method import BankOptions, shown_fields
+from hotswap_server.adapters.scales import ScaleTable
 from hotswap_server.adapters.targets import by_pattern, target_modules
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import BaseModel
@@ -19,12 +24,14 @@ from hotswap_server.errors import AdapterInvalidError
 from hotswap_server.kernels import GroupedLora
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
+_MAGNITUDE = ".lora_magnitude_vector"
 
 # Fields of LoraConfig that this file reads.
 _READ = frozenset(
     {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        "use_dora",
     }
 )
 # Fields of its own that leave a trained adapter's result alone.
@@ -43,14 +50,13 @@ _WITHOUT_EFFECT = frozenset(
     }
 )
 _SHOWN = (
-    *("r", "lora_alpha", "target_modules", "use_rslora", "rank_pattern", "alpha_pattern"),
-    *("layers_to_transform", "exclude_modules"),
+    *("r", "lora_alpha", "target_modules", "use_rslora", "use_dora", "rank_pattern"),
+    *("alpha_pattern", "layers_to_transform", "exclude_modules"),
 )
 # Initialisations that leave the base weights alone. Others (PiSSA, OLoRA, CorDA, LoRA-GA) change them.
 _PLAIN_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
 _MODULE_TENSORS = {
-    "lora_magnitude_vector": "DoRA",
     "lora_embedding_A": "LoRA on an embedding",
     "lora_embedding_B": "LoRA on an embedding",
     "lora_B.bias": "lora_bias",
@@ -60,9 +66,13 @@ _MODULE_TENSORS = {
 
 @dataclass(frozen=True, slots=True)
 class LoraAdapter:
-    """`weights` by module: A [rank, in_features] and B [rank, out_features], the latter already scaled."""
+    """`weights` by module: A [rank, in_features] and B [rank, out_features], the latter already scaled.
+
+    `scales`, of a DoRA, by module: the factor of each output [out_features], the base's share included.
+    """
 
     weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scales: Mapping[str, torch.Tensor]
     nbytes: int
     num_parameters: int
     details: Mapping[str, str]
@@ -77,6 +87,7 @@ class LoraBank:
         self._base = base
         self._max_rank = options.max_lora_rank
         self._banks: dict[ProjectionGroup, GroupedLora] = {}
+        self._deltas: dict[ProjectionGroup, _LoraDelta] = {}
 
     def put(self, slot: int, adapter: LoraAdapter) -> None:
         for group in self._base.projections:
@@ -94,6 +105,18 @@ class LoraBank:
                 bank.a[slot, member, :rank].copy_(a)
                 bank.b[member][slot, :rank].copy_(b)
                 bank.ranks[slot, member] = rank
+            self._put_scales(slot, group, adapter)
+
+    def _put_scales(self, slot: int, group: ProjectionGroup, adapter: LoraAdapter) -> None:
+        delta = self._deltas[group]
+        if delta.scales is None:
+            if not any(name in adapter.scales for name in group.names):
+                return
+            delta.scales = ScaleTable(self._base, self.num_slots, sum(group.widths))
+        delta.scales.reset(slot)
+        for name, offset in zip(group.names, group.offsets, strict=True):
+            if (scale := adapter.scales.get(name)) is not None:
+                delta.scales.put(slot, offset, scale)
 
     def _allocate(self, group: ProjectionGroup) -> GroupedLora:
         slots, members, rank = self.num_slots, len(group.names), self._max_rank
@@ -110,19 +133,27 @@ class LoraBank:
             offsets=group.offsets,
         )
         self._banks[group] = bank
-        group.deltas.append(_LoraDelta(self._base.state, bank))
+        self._deltas[group] = _LoraDelta(self._base.state, bank, group.bias)
+        group.deltas.append(self._deltas[group])
         return bank
 
 
 class _LoraDelta:
-    def __init__(self, state: StepState, bank: GroupedLora) -> None:
+    def __init__(self, state: StepState, bank: GroupedLora, bias: torch.Tensor | None) -> None:
         self._state = state
         self._bank = bank
+        self._bias = bias
+        self.scales: ScaleTable | None = None
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         slots = self._state.slots.get(METHOD.name)
         if slots is not None:
             self._state.kernels.lora(x, self._bank, slots, out)
+            if self.scales is not None:
+                rows = self.scales.rows(slots)
+                out.mul_(rows)
+                if self._bias is not None:  # which is not scaled
+                    out.sub_((rows - 1.0) * self._bias)
 
 
 class LoraMethod:
@@ -137,7 +168,8 @@ class LoraMethod:
     def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> LoraAdapter:
         config = checkpoint.config
         _check_fields(config)
-        pairs = _pair_tensors(checkpoint.tensors)
+        magnitudes = _magnitudes(checkpoint)
+        pairs = _pair_tensors({n: t for n, t in checkpoint.tensors.items() if not n.endswith(_MAGNITUDE)})
         expected = target_modules(config, base.linear_shapes)
         check_targets(expected, set(pairs), _A)
         weights = {}
@@ -157,10 +189,12 @@ class LoraMethod:
                 )
             scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
             weights[module] = (a.to(base.dtype), (b.float() * scaling).t().to(base.dtype).contiguous())
+        scales = _output_scales(magnitudes, weights, base) if config.get("use_dora") else {}
         return LoraAdapter(
             weights=weights,
-            nbytes=sum(a.nbytes + b.nbytes for a, b in weights.values()),
-            num_parameters=sum(a.numel() + b.numel() for a, b in weights.values()),
+            scales=scales,
+            nbytes=sum(t.nbytes for t in (*chain(*weights.values()), *scales.values())),
+            num_parameters=sum(t.numel() for t in (*chain(*weights.values()), *scales.values())),
             details=shown_fields(config, _SHOWN),
         )
 
@@ -195,6 +229,40 @@ def _pair_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, tuple[torch.
                 f"tensor {module}{present}: its partner {_B if present == _A else _A} is missing"
             )
     return {module: (pair[_A], pair[_B]) for module, pair in halves.items()}
+
+
+def _magnitudes(checkpoint: RawCheckpoint) -> dict[str, torch.Tensor]:
+    """DoRA's magnitudes by module; there are some just when the configuration says so."""
+    found = {
+        name.removeprefix(MODULE_PREFIX).removesuffix(_MAGNITUDE): tensor
+        for name, tensor in checkpoint.tensors.items()
+        if name.endswith(_MAGNITUDE)
+    }
+    if found and not checkpoint.config.get("use_dora"):
+        raise AdapterInvalidError(
+            f"tensor {next(iter(found))}{_MAGNITUDE}: is of a DoRA, but adapter_config.json has no use_dora"
+        )
+    return found
+
+
+def _output_scales(
+    magnitudes: Mapping[str, torch.Tensor],
+    weights: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    base: BaseModel,
+) -> dict[str, torch.Tensor]:
+    check_targets(set(weights), set(magnitudes), _MAGNITUDE)
+    groups = {name: group for group in base.projections for name in group.names}
+    scales = {}
+    for module, magnitude in magnitudes.items():
+        out_features = base.linear_shapes[module][0]
+        if tuple(magnitude.shape) != (out_features,):
+            raise AdapterInvalidError(
+                f"{module}{_MAGNITUDE}: is {list(magnitude.shape)}, the base needs [{out_features}]"
+            )
+        a, b = weights[module]
+        adapted = groups[module].weight_of(module).float().cpu() + (b.float().t() @ a.float())
+        scales[module] = (magnitude.float() / adapted.norm(dim=1)).to(base.dtype)
+    return scales
 
 
 def _check_shapes(module: str, a: torch.Tensor, b: torch.Tensor, shape: tuple[int, int]) -> None:
