@@ -101,6 +101,7 @@ def test_the_text_is_the_tokenizer_s(base, smol_tokenizer, store):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_crowd_under_pressure_gets_peft_s_tokens(base, smol_tokenizer, store, oracle):
     new_tokens = 48
     lengths = (1, 500, 3, 64, 17, 250, 16, 2, 120, 33, 9, 77, 5, 400, 48, 30)
