@@ -112,7 +112,11 @@ def load(settings: ServeSettings) -> Loaded:
         adapters = AdapterManager(
             store,
             base,
-            BankOptions(num_slots=settings.adapter_slots, max_lora_rank=settings.max_lora_rank),
+            BankOptions(
+                num_slots=settings.adapter_slots,
+                max_lora_rank=settings.max_lora_rank,
+                max_bottleneck_size=settings.max_bottleneck_size,
+            ),
             host_cache_bytes=settings.host_cache_bytes,
             load_workers=settings.load_workers,
             load_deadline_s=settings.load_deadline,

@@ -61,6 +61,9 @@ class ServeSettings(BaseSettings):
 
     adapter_slots: int = Field(16, ge=1, description="Adapters that are ready on the device at once.")
     max_lora_rank: int = Field(64, ge=1, description="Largest LoRA rank; adapters over it are refused.")
+    max_bottleneck_size: int = Field(
+        256, ge=1, description="Largest width of a bottleneck adapter; adapters over it are refused."
+    )
     host_cache_bytes: ByteSize = Field(
         ByteSize(1 << 30), ge=0, description="Host memory for loaded adapters in bytes."
     )

@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 import torch
 from hotswap_server.core import AdapterRef, GenerateRequest, SamplingParams, ScoreRequest
+from hotswap_server.engine.attention import AttentionSite
 from hotswap_server.engine.kv_cache import PagedKVCache
+from hotswap_server.engine.prefixes import Prefix, PrefixPages
 from hotswap_server.engine.scheduler import Plan, Scheduler
 from hotswap_server.engine.sequence import Sequence
-from hotswap_server.errors import AdapterInvalidError, HotswapError
+from hotswap_server.errors import AdapterInvalidError, HotswapError, InvalidRequestError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,8 +22,17 @@ def ref(name: str) -> AdapterRef:
     return AdapterRef(f"acme/{name}", 1, name, "lora")
 
 
+PREFIXES = {
+    name: Prefix(name, *((torch.rand(1, tokens, 1),) for _ in range(2)))
+    for name, tokens in {"short": 3, "page": PAGE, "long": 2 * PAGE + 1}.items()
+}
+
+
 class FakeAdapters:
-    """`num_slots` slots, loads that take `load_steps` steps, and adapters called `bad…` that fail to load."""
+    """`num_slots` slots, loads that take `load_steps` steps, and adapters called `bad…` that fail to load.
+
+    `placed` are the prefixes of those that have one.
+    """
 
     def __init__(self, num_slots: int = 2, load_steps: int = 0) -> None:
         self.num_slots = num_slots
@@ -29,6 +40,7 @@ class FakeAdapters:
         self.left: dict[AdapterRef, int] = {}  # steps until it is loaded; has a slot
         self.users: Counter[AdapterRef] = Counter()
         self.loads: list[AdapterRef] = []
+        self.placed: dict[tuple[str, int], Prefix] = {}
 
     def try_acquire(self, ref: AdapterRef) -> int | None:
         if ref not in self.left:
@@ -45,6 +57,10 @@ class FakeAdapters:
             del self.left[ref]
             raise AdapterInvalidError(f"{ref} is bad")
         self.users[ref] += 1
+        self.placed.clear()
+        for slot, held in enumerate(self.left):
+            if held.digest in PREFIXES:
+                self.placed["lora", slot] = PREFIXES[held.digest]
         return list(self.left).index(ref)
 
     def tick(self) -> None:
@@ -62,12 +78,22 @@ class Simulation:
         self, *, pages: int, batch_size: int = 8, batch_tokens: int = 16, adapters: FakeAdapters | None = None
     ) -> None:
         self.cache = PagedKVCache(
-            (), num_pages=pages, page_size=PAGE, dtype=torch.float32, device=torch.device("cpu")
+            (AttentionSite(0, 1, 1, 1),),
+            num_pages=pages,
+            page_size=PAGE,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
         )
         self.adapters = adapters or FakeAdapters()
+        self.prefixes = PrefixPages(self.cache, self.adapters.placed)
         self.batch_size, self.batch_tokens = batch_size, batch_tokens
         self.scheduler = Scheduler(
-            self.cache, self.adapters, max_batch_size=batch_size, max_batch_tokens=batch_tokens
+            self.cache,
+            self.adapters,
+            self.prefixes,
+            max_batch_size=batch_size,
+            max_batch_tokens=batch_tokens,
+            max_context=pages * PAGE,
         )
         self.alive: list[Sequence] = []
         self.failed: list[tuple[Sequence, HotswapError]] = []
@@ -121,11 +147,16 @@ class Simulation:
         assert single == sorted(single, reverse=True), "single tokens first"
         assert running == sorted(running, key=lambda sequence: sequence.arrived)
         assert bool(entries) == bool(running), "whenever something runs, a step makes progress"
-        held = [page for sequence in self.alive for page in sequence.pages]
-        assert len(held) == len(set(held)) == self.cache.pages.num_used
+        held = [page for s in self.alive for page in s.pages[s.num_prefix_tokens // PAGE :]]
+        shared = {page for s in self.alive for page in s.pages[: s.num_prefix_tokens // PAGE]}
+        assert len(held) == len(set(held)) == self.cache.pages.num_used - self.prefixes.num_pages
+        assert shared.isdisjoint(held)
+        assert len(shared) <= self.prefixes.num_pages
         for entry in plan.batch:
-            needed = self.cache.pages_for(entry.sequence.num_computed + entry.num_new)
+            prefix = entry.sequence.num_prefix_tokens
+            needed = self.cache.pages_for(prefix + entry.sequence.num_computed + entry.num_new)
             assert len(entry.sequence.pages) == needed
+            self.check_prefix(entry.sequence)
             adapter = entry.sequence.request.adapter
             assert (entry.sequence.slot is None) is (adapter is None)
         for sequence in waiting:
@@ -134,13 +165,30 @@ class Simulation:
         users = Counter(s.request.adapter for s in self.alive if s.slot is not None)
         assert users == +self.adapters.users
 
+    def check_prefix(self, sequence: Sequence) -> None:
+        """The first positions of its pages hold the prefix of its adapter."""
+        adapter, count = sequence.request.adapter, sequence.num_prefix_tokens
+        expected = None if adapter is None else PREFIXES.get(adapter.digest)
+        assert sequence.prefix is expected
+        if expected is not None:
+            for cache, given in ((self.cache.keys, expected.keys), (self.cache.values, expected.values)):
+                assert torch.equal(cache[0][sequence.pages].flatten(0, 2)[:count], given[0][0])
+        if sequence.num_computed == 0 and not sequence.is_score:
+            # What the runner will write: were a page of it shared, a neighbour's check would fail.
+            for page in sequence.pages[count // PAGE :]:
+                self.cache.keys[0][
+                    page, :, count % PAGE if page == sequence.pages[count // PAGE] else 0 :
+                ] = -1
+
     def run(self, limit: int = 2000) -> None:
         for _ in range(limit):
             if not self.alive:
                 break
             self.step()
         assert not self.alive, "everything ends"
-        assert self.cache.pages.num_used == 0
+        assert self.cache.pages.num_used == self.prefixes.num_pages
+        assert self.prefixes.make_room(self.cache.pages.num_pages), "idle prefixes give their pages back"
+        assert self.cache.pages.num_used == self.prefixes.num_pages == 0
         assert not +self.adapters.users
 
 
@@ -166,13 +214,16 @@ def test_random_traffic(seed, pages, batch_size, batch_tokens, num_slots, load_s
         for _ in range(rng.choice([0, 0, 1, 3])):
             prompt = rng.randint(1, context - 1)
             new = rng.randint(1, context - prompt)
-            adapter = rng.choice([None, "a", "b", "c", "d", "bad"])
+            adapter = rng.choice([None, "a", "b", "bad", *PREFIXES])
             simulation.add(prompt, min(new, 12), adapter, score=prompt > 1 and rng.random() < 0.2)
         if simulation.alive and rng.random() < 0.2:
             simulation.end(rng.choice(simulation.alive))
         simulation.step()
     simulation.run(limit=5000)
-    assert all(sequence.request.adapter == ref("bad") for sequence, _ in simulation.failed)
+    for sequence, error in simulation.failed:
+        if sequence.request.adapter != ref("bad"):
+            assert isinstance(error, InvalidRequestError)
+            assert sequence.num_prefix_tokens + sequence.num_prompt_tokens + 1 > context - sequence.is_score
 
 
 def test_prompts_are_cut_to_the_budget_and_decodes_come_first():

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from hotswap_trainer.methods.bottleneck.tuner import BottleneckConfig
+from peft import IA3Config, LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -135,4 +136,32 @@ def write_ia3(model: nn.Module, directory: Path, *, seed: int = 0, **options: An
             if "ia3_l" in name:
                 parameter.normal_(mean=1.0, std=0.7)
     peft.save_pretrained(directory)
+    return directory
+
+
+def write_prefix(
+    model: nn.Module, directory: Path, tokens: int, *, seed: int = 0, std: float = 1.5, **options: Any
+) -> Path:
+    """A prefix with random keys and values, saved by PEFT."""
+    torch.manual_seed(seed)
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=tokens, **options)
+    peft = get_peft_model(copy.deepcopy(model), config)
+    with torch.no_grad():
+        for parameter in peft.prompt_encoder.parameters():
+            parameter.normal_(std=std if not config.prefix_projection else 0.5)
+    peft.save_pretrained(directory)
+    return directory
+
+
+def write_bottleneck(
+    model: nn.Module, directory: Path, *, seed: int = 0, std: float = 0.3, **options: Any
+) -> Path:
+    """A bottleneck adapter with random weights and biases, saved by PEFT."""
+    torch.manual_seed(seed)
+    peft = get_peft_model(copy.deepcopy(model), BottleneckConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for name, parameter in peft.named_parameters():
+            if "_adapter." in name:
+                parameter.normal_(std=std)
+    peft.save_pretrained(directory, save_embedding_layers=False)
     return directory

@@ -16,6 +16,7 @@ from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import (
     AdapterBank,
     BankOptions,
+    ClearableBank,
     MethodAdapter,
     available_methods,
     method_of,
@@ -260,6 +261,9 @@ class AdapterManager:
 
         for part in parts:
             part.add_done_callback(one_left)
+        if len(waited_for) < len(parts):
+            # What the engine keeps for a version that has left, it can let go of.
+            self.on_change()
         return done
 
     def _drop_host_copies(self, name: str, version: int | None, kept: set[AdapterRef]) -> int:
@@ -356,6 +360,9 @@ class AdapterManager:
         """Forget a version without users; with the lock held."""
         del self._residents[resident.ref]
         if resident.state is _State.READY:
+            bank = self._banks[resident.ref.method]
+            if isinstance(bank, ClearableBank):
+                bank.clear(resident.slot)
             self._free[resident.ref.method].append(resident.slot)
             if self._observer is not None:
                 self._observer.evicted(resident.ref)

@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.engine.base import BaseModel
@@ -45,12 +45,20 @@ class AdapterBank(Protocol):
     def put(self, slot: int, adapter: Any) -> None: ...
 
 
+@runtime_checkable
+class ClearableBank(Protocol):
+    """A bank that has something to take back when an adapter leaves its slot, whose users have all ended."""
+
+    def clear(self, slot: int) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class BankOptions:
     """Sizes fixed at start."""
 
     num_slots: int = 16
     max_lora_rank: int = 64
+    max_bottleneck_size: int = 256
 
 
 class Method(Protocol):

@@ -10,6 +10,23 @@ from hotswap_server.engine.sequence import EventSink, Sequence
 from hotswap_server.errors import InvalidRequestError
 
 
+def fit_prefix(sequence: Sequence, max_context: int) -> None:
+    """Cut the output to the room that the adapter's prefix leaves, which is known once it is loaded.
+
+    Raises:
+        InvalidRequestError: prefix and prompt leave none.
+    """
+    length, prefix = sequence.num_prompt_tokens, sequence.num_prefix_tokens
+    longest = max_context - prefix - (0 if sequence.is_score else 1)
+    if length > longest:
+        raise InvalidRequestError(
+            "input",
+            f"has {length} tokens; with the {prefix} of {sequence.request.adapter}'s prefix this server "
+            f"takes {max(longest, 0)} at most. Shorten it",
+        )
+    sequence.max_new_tokens = min(sequence.max_new_tokens, max_context - prefix - length)
+
+
 def admit(
     request: GenerateRequest | ScoreRequest,
     sink: EventSink,

@@ -57,14 +57,14 @@ class StepState:
         self.slots: dict[str, TokenSlots] = {}
 
 
-_trace_sites: list[AttentionSite] | None = None
+_trace_sites: dict[nn.Module, AttentionSite] | None = None
 
 
 @contextmanager
-def trace_into() -> Iterator[list[AttentionSite]]:
-    """Collect the attention calls of a forward made with `TRACE_NAME`."""
+def trace_into() -> Iterator[dict[nn.Module, AttentionSite]]:
+    """Collect the attention calls of a forward made with `TRACE_NAME`, by the module that makes them."""
     global _trace_sites
-    sites: list[AttentionSite] = []
+    sites: dict[nn.Module, AttentionSite] = {}
     _trace_sites = sites
     try:
         yield sites
@@ -91,7 +91,7 @@ def _trace_attention(
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         if layer != len(_trace_sites):
             raise BaseModelError("base: layers that share a key-value cache are not supported")
-        _trace_sites.append(AttentionSite(layer, query.shape[1], key.shape[1], key.shape[3]))
+        _trace_sites[module] = AttentionSite(layer, query.shape[1], key.shape[1], key.shape[3])
     return query.new_zeros(query.shape).transpose(1, 2), None
 
 

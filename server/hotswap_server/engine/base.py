@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import torch
 from torch import nn
 
 from hotswap_server.engine.attention import ATTENTION_NAME, TRACE_NAME, AttentionSite, StepState, trace_into
+from hotswap_server.engine.blocks import Block, BlocksNotFoundError, Call, find_blocks, hidden_states
+from hotswap_server.engine.prefixes import Prefix
 from hotswap_server.engine.projection import GroupedProjection, ProjectionGroup
 from hotswap_server.errors import BaseModelError
 from hotswap_server.kernels import Kernels
@@ -25,13 +28,15 @@ class BaseModel:
     """A causal LM ready for the engine, with the places where adapters attach.
 
     `projections` are the groups of linear layers inside the decoder that share an input, by their members'
-    module names; `attention` is one entry per decoder layer, in order.
+    module names; `attention` is one entry per decoder layer, in order; `blocks` are the sub-layers, none
+    where they cannot be told, for the reason in `blocks_problem`.
     """
 
     model: nn.Module
     config: Any
     projections: tuple[ProjectionGroup, ...]
     attention: tuple[AttentionSite, ...]
+    blocks: tuple[Block, ...]
     state: StepState
     device: torch.device
     dtype: torch.dtype
@@ -39,11 +44,17 @@ class BaseModel:
     eos_token_ids: frozenset[int]
     linear_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(out_features, in_features) of every linear module an adapter may target, by module name."""
+    blocks_problem: str = ""
+    prefixes: dict[tuple[str, int], Prefix] = field(default_factory=dict)
+    """What adapters put before a sequence's own keys and values, by method and slot."""
 
     def detach_adapters(self) -> None:
         """Take every adapter method off the base."""
         for group in self.projections:
             group.detach()
+        for block in self.blocks:
+            block.detach()
+        self.prefixes.clear()
 
     @property
     def vocab_size(self) -> int:
@@ -76,17 +87,19 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
     _check_supported(config)
     model.eval().requires_grad_(False)
     parameter = next(model.parameters())
-    linears, sites = _trace(model)
-    shapes = {name: (module.out_features, module.in_features) for group in linears for name, module in group}
+    calls, sites = _trace(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
+    linears = _groups(call for call in calls if call.module is not head)
+    shapes = {name: (module.out_features, module.in_features) for group in linears for name, module in group}
     names = {module: name for name, module in model.named_modules()}
+    state = StepState(kernels)
+    blocks, problem = _blocks(model, sites, calls, state)
     groups = []
     with torch.inference_mode():
         for members in linears:
             groups.append(_replace(model, members, kernels))
         if isinstance(head, nn.Linear):
             _replace(model, [(names[head], head)], kernels)
-    state = StepState(kernels)
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.hotswap_state = state  # type: ignore[assignment]
@@ -95,13 +108,15 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
         model=model,
         config=config,
         projections=tuple(groups),
-        attention=tuple(sites),
+        attention=tuple(sites.values()),
+        blocks=blocks,
         state=state,
         device=parameter.device,
         dtype=parameter.dtype,
         max_context=int(config.max_position_embeddings),
         eos_token_ids=_eos_token_ids(model),
         linear_shapes=shapes,
+        blocks_problem=problem,
     )
 
 
@@ -119,18 +134,16 @@ def _check_supported(config: Any) -> None:
         raise BaseModelError("base: an encoder-decoder cannot be served; use a decoder-only causal LM")
 
 
-def _trace(model: nn.Module) -> tuple[list[list[tuple[str, nn.Linear]]], list[AttentionSite]]:
-    """The decoder's linears, in groups that were given the very same tensor, and its attention calls."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    calls: list[tuple[str, nn.Linear, torch.Tensor]] = []
+def _trace(model: nn.Module) -> tuple[list[Call], dict[nn.Module, AttentionSite]]:
+    """The calls of all modules in a forward of two tokens, innermost first, and the attention among them."""
+    calls: list[Call] = []
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
 
-            def record(module: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-                calls.append((name, module, args[0]))  # type: ignore[arg-type]
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+            calls.append(Call(name, module, hidden_states(args, kwargs), output))
 
-            handles.append(module.register_forward_pre_hook(record))
+        handles.append(module.register_forward_hook(record, with_kwargs=True))
     device = next(model.parameters()).device
     previous = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation(TRACE_NAME)  # type: ignore[operator]
@@ -147,15 +160,31 @@ def _trace(model: nn.Module) -> tuple[list[list[tuple[str, nn.Linear]]], list[At
             f"base: {type(model).__name__} does not use transformers' attention interface, so its key-value "
             "cache cannot be paged; use a model that supports attn_implementation"
         )
+    return calls, sites
+
+
+def _groups(calls: Iterable[Call]) -> list[list[tuple[str, nn.Linear]]]:
+    """The linears among `calls`, in groups that were given the very same tensor."""
     groups: list[list[tuple[str, nn.Linear]]] = []
     shared: torch.Tensor | None = None
-    for name, module, given in calls:
-        if given is shared and groups:
-            groups[-1].append((name, module))
+    for call in calls:
+        if not isinstance(call.module, nn.Linear):
+            continue
+        if call.given is shared and groups:
+            groups[-1].append((call.name, call.module))
         else:
-            groups.append([(name, module)])
-        shared = given
-    return groups, sites
+            groups.append([(call.name, call.module)])
+        shared = call.given
+    return groups
+
+
+def _blocks(
+    model: nn.Module, sites: dict[nn.Module, AttentionSite], calls: list[Call], state: StepState
+) -> tuple[tuple[Block, ...], str]:
+    try:
+        return find_blocks(model, sites, calls, state), ""
+    except BlocksNotFoundError as error:
+        return (), f"{type(model).__name__}: {error}"
 
 
 def _replace(model: nn.Module, members: list[tuple[str, nn.Linear]], kernels: Kernels) -> ProjectionGroup:

@@ -55,20 +55,21 @@ class BatchBuilder:
         for index, entry in enumerate(entries):
             sequence, start = entry.sequence, starts[-1]
             first, stop = sequence.num_computed, sequence.num_computed + entry.num_new
+            at = sequence.num_prefix_tokens + first
             span = slice(start, start + entry.num_new)
             self._ids[span] = sequence.token_ids[first:stop]
             table = self._tables[index]
             table[: len(sequence.pages)] = sequence.pages
             if entry.num_new == 1:
-                self._positions[start] = first
-                self._pages[start] = sequence.pages[first // self._page_size]
-                self._offsets[start] = first % self._page_size
+                self._positions[start] = at
+                self._pages[start] = sequence.pages[at // self._page_size]
+                self._offsets[start] = at % self._page_size
             else:
-                positions = np.arange(first, stop)
+                positions = np.arange(at, at + entry.num_new)
                 self._positions[span] = positions
                 self._pages[span] = table[positions // self._page_size]
                 self._offsets[span] = positions % self._page_size
-            self._context[index] = stop
+            self._context[index] = at + entry.num_new
             wanted = _logit_positions(entry)
             rows.extend(range(start + wanted.start - first, start + wanted.stop - first))
             rows_per_entry.append(len(wanted))

@@ -24,6 +24,7 @@ from hotswap_server.engine.batch import BatchBuilder
 from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, StepRecord
+from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.runner import ModelRunner
 from hotswap_server.engine.scheduler import AdapterResidency, Plan, Scheduler
 from hotswap_server.engine.sequence import EventSink, Sequence, Stage
@@ -61,6 +62,7 @@ class EngineStats:
     waiting: int
     kv_pages_used: int
     kv_pages_total: int
+    kv_pages_prefixes: int  # of those used, the ones that prefixes hold, whoever runs
     preemptions: int
 
 
@@ -101,11 +103,14 @@ class Engine:
         asked = options.max_context or base.max_context
         self.max_context = min(asked, base.max_context, num_pages * options.page_size)
         """Tokens that one request may have, prompt and output together."""
+        self._prefixes = PrefixPages(self.cache, base.prefixes)
         self._scheduler = Scheduler(
             self.cache,
             adapters,
+            self._prefixes,
             max_batch_size=options.max_batch_size,
             max_batch_tokens=options.max_batch_tokens,
+            max_context=self.max_context,
         )
         self._builder = BatchBuilder(
             max_tokens=options.max_batch_tokens,
@@ -192,6 +197,7 @@ class Engine:
             waiting=len(self._scheduler.waiting) + len(self._inbox),
             kv_pages_used=pages.num_used,
             kv_pages_total=pages.num_pages,
+            kv_pages_prefixes=self._prefixes.num_pages,
             preemptions=self._scheduler.num_preemptions,
         )
 

@@ -65,6 +65,10 @@ class PagePool:
             self._references[page] = 1
         return taken
 
+    def is_idle(self, pages: Iterable[int]) -> bool:
+        """Whether each of these has one holder."""
+        return all(self._references[page] == 1 for page in pages)
+
     def share(self, pages: Iterable[int]) -> None:
         """Add a holder to pages that are in use."""
         for page in pages:

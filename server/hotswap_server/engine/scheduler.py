@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hotswap_server.core import AdapterRef
+from hotswap_server.engine.admission import fit_prefix
 from hotswap_server.engine.kv_cache import PagedKVCache
+from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.sequence import Sequence, Stage
 from hotswap_server.errors import HotswapError
 
@@ -51,10 +53,19 @@ class Scheduler:
     """
 
     def __init__(
-        self, cache: PagedKVCache, adapters: AdapterResidency, *, max_batch_size: int, max_batch_tokens: int
+        self,
+        cache: PagedKVCache,
+        adapters: AdapterResidency,
+        prefixes: PrefixPages,
+        *,
+        max_batch_size: int,
+        max_batch_tokens: int,
+        max_context: int,
     ) -> None:
         self._cache = cache
         self._adapters = adapters
+        self._prefixes = prefixes
+        self._max_context = max_context
         self._max_batch_size = max_batch_size
         self._max_batch_tokens = max_batch_tokens
         self.waiting: deque[Sequence] = deque()
@@ -65,6 +76,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self) -> Plan:
+        self._prefixes.forget_left()
         budget = self._max_batch_tokens
         batch: list[Scheduled] = []
         # Decodes come before prompts, the oldest first, so that a preemption hits the youngest.
@@ -97,8 +109,10 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, num_new: int, batch: list[Scheduled]) -> bool:
         """Make room for `num_new` more tokens, at the expense of younger sequences if need be."""
-        missing = self._cache.pages_for(sequence.num_computed + num_new) - len(sequence.pages)
+        reached = sequence.num_prefix_tokens + sequence.num_computed + num_new
+        missing = self._cache.pages_for(reached) - len(sequence.pages)
         while missing > 0:
+            self._prefixes.make_room(missing)
             pages = self._cache.pages.allocate(missing)
             if pages is not None:
                 sequence.pages.extend(pages)
@@ -137,29 +151,51 @@ class Scheduler:
                 self.waiting.remove(sequence)
                 failed.append((sequence, error))
                 continue
+            try:
+                if sequence.prefix is not None:
+                    fit_prefix(sequence, self._max_context)
+            except HotswapError as error:
+                self.waiting.remove(sequence)
+                failed.append((sequence, error))
+                continue
             if not ready:
                 sequence.enter(Stage.LOADING)
                 continue
-            # The whole prompt must fit now, and with others running a page more, or it is preempted at once.
-            needed = self._cache.pages_for(sequence.num_tokens) + (1 if self.running else 0)
-            if needed > self._cache.pages.num_free:
+            num_new = min(sequence.num_uncomputed, budget)
+            if not self._take_pages(sequence, num_new):
                 # Nobody overtakes: smaller requests would starve a large one.
                 sequence.enter(Stage.QUEUED)
                 return
-            num_new = min(sequence.num_uncomputed, budget)
-            pages = self._cache.pages.allocate(self._cache.pages_for(num_new))
-            if pages is None:
-                return
-            sequence.pages = pages
             self.waiting.remove(sequence)
             bisect.insort(self.running, sequence, key=lambda other: other.arrived)
             sequence.enter(Stage.PREFILL)
             batch.append(Scheduled(sequence, num_new))
             budget -= num_new
 
+    def _take_pages(self, sequence: Sequence, num_new: int) -> bool:
+        """Pages for the adapter's prefix and the first `num_new` tokens, if all there are so far will fit."""
+        prefix, pages_for = sequence.prefix, self._cache.pages_for
+        shared = sequence.num_prefix_tokens // self._cache.page_size
+        # The whole prompt must fit now, and with others running a page more, or it is preempted at once.
+        needed = pages_for(sequence.num_prefix_tokens + sequence.num_tokens) - shared
+        needed += (1 if self.running else 0) + (self._prefixes.num_missing(prefix) if prefix else 0)
+        if not self._prefixes.make_room(needed, keep=prefix):
+            return False
+        if prefix is not None:
+            sequence.pages = self._prefixes.share(prefix)
+        own = self._cache.pages.allocate(pages_for(sequence.num_prefix_tokens + num_new) - shared)
+        if own is None:
+            raise RuntimeError("fewer pages are free than were counted")
+        sequence.pages += own
+        if prefix is not None:
+            self._prefixes.write_rest(prefix, own[0])
+        return True
+
     def _acquire_adapter(self, sequence: Sequence) -> bool:
         adapter = sequence.request.adapter
         if adapter is not None and sequence.slot is None:
             sequence.slot = self._adapters.try_acquire(adapter)
-            return sequence.slot is not None
+            if sequence.slot is None:
+                return False
+            sequence.prefix = self._prefixes.placed(sequence.method, sequence.slot)
         return True

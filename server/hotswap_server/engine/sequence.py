@@ -19,6 +19,7 @@ from hotswap_server.core import (
     TokenLogprob,
 )
 from hotswap_server.engine.detokenizer import Detokenizer
+from hotswap_server.engine.prefixes import Prefix
 
 EventSink = Callable[[Event], None]
 
@@ -44,8 +45,9 @@ class Sequence:
     detokenizer: Detokenizer | None = None
     token_ids: list[int] = field(default_factory=list)
     num_computed: int = 0  # tokens whose keys and values are in pages
-    pages: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)  # those of the prefix come first
     slot: int | None = None  # the adapter's, held until the request ends
+    prefix: Prefix | None = None  # the adapter's, known when it has a slot
     seed: int = 0
     scored: list[TokenLogprob] = field(default_factory=list)
     timings: Timings = field(default_factory=Timings)
@@ -80,6 +82,11 @@ class Sequence:
     @property
     def path(self) -> ServingPath:
         return ServingPath.BASE if self.request.adapter is None else ServingPath.BATCHED
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Positions before the first token of the prompt."""
+        return 0 if self.prefix is None else self.prefix.num_tokens
 
     @property
     def num_tokens(self) -> int:

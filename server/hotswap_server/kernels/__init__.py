@@ -1,6 +1,25 @@
 """Operations of the hot path, each with a torch reference that every faster form is tested against."""
 
-from hotswap_server.kernels.interface import AttentionLayout, GroupedLora, Kernels, Projection, TokenSlots
+from hotswap_server.kernels.interface import (
+    Activation,
+    AttentionLayout,
+    BottleneckLayout,
+    BottleneckTable,
+    GroupedLora,
+    Kernels,
+    Projection,
+    TokenSlots,
+)
 from hotswap_server.kernels.select import select_kernels
 
-__all__ = ["AttentionLayout", "GroupedLora", "Kernels", "Projection", "TokenSlots", "select_kernels"]
+__all__ = [
+    "Activation",
+    "AttentionLayout",
+    "BottleneckLayout",
+    "BottleneckTable",
+    "GroupedLora",
+    "Kernels",
+    "Projection",
+    "TokenSlots",
+    "select_kernels",
+]

@@ -6,11 +6,22 @@ import ctypes
 
 import torch
 
-from hotswap_server.kernels.interface import AttentionLayout, GroupedLora, Projection, TokenSlots
-from hotswap_server.kernels.reference import ReferenceKernels, attend_sequence, gather_sequence
+from hotswap_server.kernels.interface import (
+    AttentionLayout,
+    BottleneckTable,
+    GroupedLora,
+    Projection,
+    TokenSlots,
+)
+from hotswap_server.kernels.reference import (
+    ReferenceKernels,
+    attend_sequence,
+    bottleneck_segment,
+    gather_sequence,
+)
 
 _MAX_HEAD_DIM = 512  # attention.c's accumulator
-_MAX_RANK = 1024  # lora.c's
+_MAX_RANK = 1024  # lowrank.h's
 _PACK_BATCH_HINT = 16  # oneDNN picks a weight layout for this many rows
 
 
@@ -174,5 +185,33 @@ class NativeKernels(ReferenceKernels):
             bank.a.shape[2],
             bank.a.shape[3],
             out.stride(0),
+            torch.get_num_threads(),
+        )
+
+    def bottleneck(
+        self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
+    ) -> None:
+        if table.down.shape[1] > _MAX_RANK:
+            super().bottleneck(stream, x, table, slots)
+            return
+        for segment in slots.long:
+            bottleneck_segment(stream, x, table, segment)
+        if slots.rest is None:
+            return
+        self._library.hotswap_bottleneck(
+            stream.data_ptr(),
+            x.data_ptr(),
+            table.down.data_ptr(),
+            table.down_bias.data_ptr(),
+            table.up.data_ptr(),
+            table.up_bias.data_ptr(),
+            slots.rest.data_ptr(),
+            table.sizes.data_ptr(),
+            table.activations.data_ptr(),
+            table.layouts.data_ptr(),
+            table.residuals.data_ptr(),
+            x.shape[0],
+            table.down.shape[1],
+            x.shape[1],
             torch.get_num_threads(),
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 import torch
@@ -59,6 +60,47 @@ class GroupedLora:
     ranks: torch.Tensor
     widths: tuple[int, ...]
     offsets: tuple[int, ...]
+
+
+class Activation(IntEnum):
+    """The functions of bottleneck adapters, numbered as in bottleneck.c."""
+
+    RELU = 0
+    GELU = 1
+    GELU_NEW = 2
+    SILU = 3
+    TANH = 4
+    SIGMOID = 5
+    LEAKY_RELU = 6
+
+
+class BottleneckLayout(IntEnum):
+    """What a bottleneck adapter reads: x, x + the residual stream, or the residual stream alone."""
+
+    HOULSBY = 0
+    PFEIFFER = 1
+    PARALLEL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class BottleneckTable:
+    """The bottleneck bank of one block.
+
+    `down` and `up` are [slots, max_size, hidden_size], `down_bias` [slots, max_size] and `up_bias`
+    [slots, hidden_size]; `up` and its bias are multiplied by the scaling already. `sizes` [slots] int32 is 0
+    where an adapter leaves the block alone; rows beyond it are uninitialised and must not be read.
+    `activations`, `layouts` and `residuals` [slots] int32 hold an `Activation`, a `BottleneckLayout`, and
+    whether x itself stays.
+    """
+
+    down: torch.Tensor
+    down_bias: torch.Tensor
+    up: torch.Tensor
+    up_bias: torch.Tensor
+    sizes: torch.Tensor
+    activations: torch.Tensor
+    layouts: torch.Tensor
+    residuals: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,4 +172,13 @@ class Kernels(Protocol):
 
     def lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots, out: torch.Tensor) -> None:
         """Add each token's low-rank update of `x` [tokens, in_features] to `out` [tokens, sum of widths]."""
+        ...
+
+    def bottleneck(
+        self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
+    ) -> None:
+        """Make of `x`, a block's output, in place what each token's adapter makes of it.
+
+        `x` and `stream`, the residual stream, are [tokens, hidden_size] and contiguous.
+        """
         ...

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
-from hotswap_server.kernels.interface import AttentionLayout, GroupedLora, Projection, Segment, TokenSlots
+from hotswap_server.kernels.interface import (
+    Activation,
+    AttentionLayout,
+    BottleneckLayout,
+    BottleneckTable,
+    GroupedLora,
+    Projection,
+    Segment,
+    TokenSlots,
+)
 
 
 class PlainProjection:
@@ -68,6 +80,12 @@ class ReferenceKernels:
         for segment in slots.segments:
             lora_segment(x, bank, segment, out)
 
+    def bottleneck(
+        self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
+    ) -> None:
+        for segment in slots.segments:
+            bottleneck_segment(stream, x, table, segment)
+
 
 def gather_sequence(
     key_cache: torch.Tensor, value_cache: torch.Tensor, layout: AttentionLayout, sequence: int
@@ -128,3 +146,34 @@ def lora_segment(x: torch.Tensor, bank: GroupedLora, segment: Segment, out: torc
         hidden = rows @ bank.a[segment.slot, member, :rank].t()
         columns = slice(bank.offsets[member], bank.offsets[member] + bank.widths[member])
         out[segment.start : segment.stop, columns] += hidden @ bank.b[member][segment.slot, :rank]
+
+
+def bottleneck_segment(
+    stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, segment: Segment
+) -> None:
+    """Two matrix products for one run of tokens (Houlsby et al., 2019)."""
+    slot, size = segment.slot, int(table.sizes[segment.slot])
+    if size == 0:
+        return
+    rows, layout = x[segment.start : segment.stop], int(table.layouts[slot])
+    given = rows if layout == BottleneckLayout.HOULSBY else stream[segment.start : segment.stop]
+    if layout == BottleneckLayout.PFEIFFER:
+        given = given + rows
+    hidden = F.linear(given, table.down[slot, :size], table.down_bias[slot, :size])
+    hidden = _ACTIVATIONS[int(table.activations[slot])](hidden)
+    update = torch.addmm(table.up_bias[slot], hidden, table.up[slot, :size])
+    if table.residuals[slot]:
+        rows += update
+    else:
+        rows.copy_(update)
+
+
+_ACTIVATIONS: dict[int, Callable[[torch.Tensor], torch.Tensor]] = {
+    Activation.RELU: F.relu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_NEW: partial(F.gelu, approximate="tanh"),
+    Activation.SILU: F.silu,
+    Activation.TANH: torch.tanh,
+    Activation.SIGMOID: torch.sigmoid,
+    Activation.LEAKY_RELU: F.leaky_relu,
+}

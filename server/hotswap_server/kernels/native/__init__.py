@@ -19,8 +19,8 @@ from typing import Any
 
 import structlog
 
-_SOURCES = ("linear.c", "attention.c", "lora.c")
-_HEADERS = ("native.h",)
+_SOURCES = ("linear.c", "attention.c", "lora.c", "bottleneck.c")
+_HEADERS = ("native.h", "lowrank.h")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
 _log = structlog.get_logger(__name__)
@@ -97,6 +97,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "hotswap_paged_attention": "pii ppp i pp iiiiii ff i",
         "hotswap_write_cache": "pii ppp iiii",
         "hotswap_lora": "pppppppp iiiiii",
+        "hotswap_bottleneck": "ppppppppppp iiii",
     }
     for name, signature in signatures.items():
         function = getattr(library, name)
