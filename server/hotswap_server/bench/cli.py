@@ -12,17 +12,20 @@ import typer
 
 def bench(
     base: Annotated[str, typer.Option(help="A transformers directory, a hub id, or smollm2.")] = "smollm2",
-    requests: Annotated[int, typer.Option(min=2, help="Requests sent at once.")] = 16,
-    adapters: Annotated[int, typer.Option(min=1, help="Distinct LoRA adapters that they use.")] = 8,
+    mix: Annotated[bool, typer.Option("--mix", help="Compare the adapter methods with the base.")] = False,
+    requests: Annotated[
+        int | None, typer.Option(min=2, help="Requests sent at once; default 16, with --mix 8.")
+    ] = None,
+    adapters: Annotated[int, typer.Option(min=1, help="Distinct adapters that they use.")] = 8,
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of every prompt.")] = 64,
     new_tokens: Annotated[int, typer.Option(min=2, help="Tokens generated for every prompt.")] = 64,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
-    repeat: Annotated[int, typer.Option(min=1, help="Rounds, each with all cases on both sides.")] = 3,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapters.")] = 16,
+    repeat: Annotated[int, typer.Option(min=1, help="Rounds, each with all cases.")] = 3,
     kernels: Annotated[str, typer.Option(help="auto, native, onednn or reference.")] = "auto",
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts and adapters.")] = 0,
 ) -> None:
-    """Measure throughput and latency beside transformers and PEFT, and print ratios."""
+    """Measure throughput and latency as ratios: beside transformers and PEFT, or of methods to the base."""
     from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
     from rich.console import Console
 
@@ -36,11 +39,50 @@ def bench(
         raise typer.Exit(2) from None
     shape = Shape(prompt_tokens, new_tokens, rank)
     with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
-        figures = _measure(
-            console, path, Path(store), default_cases(adapters, requests), shape, repeat, kernels, seed
-        )
+        if mix:
+            figures = _measure_mix(
+                console, path, Path(store), adapters, requests or 8, shape, repeat, kernels, seed
+            )
+        else:
+            cases = default_cases(adapters, requests or 16)
+            figures = _measure(console, path, Path(store), cases, shape, repeat, kernels, seed)
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _measure_mix(
+    console: Any,
+    path: Path,
+    store: Path,
+    adapters: int,
+    requests: int,
+    shape: Any,
+    repeat: int,
+    kernels: str,
+    seed: int,
+) -> list[dict[str, Any]]:
+    import torch
+    from transformers import AutoTokenizer
+
+    from hotswap_server.bench.mix import measure_mix, print_mix, write_mix
+    from hotswap_server.bench.ours import EngineSide
+    from hotswap_server.engine.base import load_base
+    from hotswap_server.kernels import select_kernels
+
+    torch.manual_seed(seed)
+    device = torch.device("cpu")
+    chosen = select_kernels(device, torch.float32, kernels)
+    base = load_base(path, kernels=chosen, device=device, dtype=torch.float32)
+    with console.status("writing adapters"):
+        cases = write_mix(base, store, requests=requests, adapters=adapters, rank=shape.rank)
+    side = EngineSide(base, AutoTokenizer.from_pretrained(path), store, 2 * requests, shape.rank)
+    try:
+        with console.status("measuring"):
+            figures = measure_mix(side, cases, shape, base.vocab_size, repeat=repeat, seed=seed)
+    finally:
+        side.close()
+    print_mix(console, figures, kernels=chosen.name, threads=torch.get_num_threads(), shape=shape)
+    return figures
 
 
 def _measure(

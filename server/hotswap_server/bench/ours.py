@@ -11,7 +11,7 @@ from typing import Any
 
 from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.method import BankOptions
-from hotswap_server.bench.workload import Case, Run
+from hotswap_server.bench.workload import Requests, Run
 from hotswap_server.core import Delta, Event, Failed, GenerateRequest, SamplingParams
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.engine import Engine
@@ -37,12 +37,12 @@ class EngineSide:
         self._engine.stop()
         self._manager.close()
 
-    def prepare(self, case: Case) -> None:
+    def prepare(self, case: Requests) -> None:
         """Load the case's adapters, so that a run measures decoding and not the disk."""
         for name in {case.adapter_of(request) for request in range(case.requests)} - {None}:
             self._manager.load(name, None).result()  # type: ignore[arg-type]
 
-    def run(self, case: Case, prompts: list[list[int]], new_tokens: int) -> Run:
+    def run(self, case: Requests, prompts: list[list[int]], new_tokens: int) -> Run:
         refs = [
             None if (name := case.adapter_of(request)) is None else self._manager.resolve(name, None)
             for request in range(case.requests)

@@ -6,10 +6,19 @@ import random
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 QUERY_VALUE = ("q_proj", "v_proj")
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Requests(Protocol):
+    """How many are sent at once, and the adapter of each."""
+
+    @property
+    def requests(self) -> int: ...
+
+    def adapter_of(self, request: int) -> str | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,188 @@
+"""`hotswap bench --mix`: what each adapter method costs beside the base, and all of them in one batch."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE
+from safetensors.torch import save_file
+
+from hotswap_server.adapters.fields import MODULE_PREFIX
+from hotswap_server.bench.ours import EngineSide
+from hotswap_server.bench.workload import ALL_LINEAR, QUERY_VALUE, Run, Shape, make_prompts, percentiles
+from hotswap_server.engine.base import BaseModel
+
+BOTTLENECK_SIZE, PREFIX_TOKENS = 64, 20
+_STD = 0.02  # of random weights: what an adapter says does not change what it costs
+
+Content = tuple[dict[str, Any], dict[str, torch.Tensor]]
+"""An `adapter_config.json` and its tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class MixCase:
+    """`requests` sent at once; request i uses `names[i mod len(names)]`, None being the base."""
+
+    name: str
+    requests: int
+    names: tuple[str | None, ...]
+
+    def adapter_of(self, request: int) -> str | None:
+        return self.names[request % len(self.names)]
+
+
+def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, rank: int) -> list[MixCase]:
+    """Random adapters of every method in `store`, and the cases that use them: the base alone, each method
+    with `adapters` distinct ones, and all in turn."""
+    kinds: dict[str, tuple[str, Callable[[], Content]]] = {
+        f"LoRA r={rank} on q,v": ("lora-qv", lambda: _lora(base, rank, QUERY_VALUE)),
+        f"LoRA r={rank} on all linears": ("lora-all", lambda: _lora(base, rank, ALL_LINEAR)),
+        f"bottleneck-{BOTTLENECK_SIZE}": ("bottleneck", lambda: _bottleneck(base)),
+        f"prefix-{PREFIX_TOKENS}": ("prefix", lambda: _prefix(base)),
+        "IA³ on k,v,down": ("ia3", lambda: _ia3(base)),
+    }
+    cases = [MixCase("base", requests, (None,))]
+    for title, (name, make) in kinds.items():
+        names = tuple(f"mix/{name}-{index}" for index in range(min(adapters, requests)))
+        for adapter in names:
+            _save(store / adapter, *make())
+        cases.append(MixCase(title, requests, names))
+    cases.append(MixCase("all of them", requests, tuple(case.names[0] for case in cases)))
+    return cases
+
+
+def measure_mix(
+    side: EngineSide, cases: list[MixCase], shape: Shape, vocab_size: int, *, repeat: int, seed: int
+) -> list[dict[str, Any]]:
+    """Run all cases in every one of `repeat` rounds; the figures of each, the base's first.
+
+    A case's `step_ms` is the median time between two tokens of its quickest round, `decode_throughput` the
+    tokens per second that follow from it. `of_base` compares the quickest rounds of case and base;
+    `of_base_rounds` has the ratio within each round, which shares the machine's noise.
+    """
+    steps: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(repeat + 1):
+        for case in cases:
+            prompts = make_prompts(case.requests, shape.prompt_tokens, vocab_size, seed)
+            side.prepare(case)
+            run = side.run(case, prompts, shape.new_tokens if number else min(4, shape.new_tokens))
+            if number:  # the first round warms up
+                steps[case.name].append(_step_seconds(run))
+    plain = steps[cases[0].name]
+    figures = []
+    for case in cases:
+        own = steps[case.name]
+        figures.append(
+            {
+                "case": case.name,
+                "requests": case.requests,
+                "adapters": len({*case.names, None}) - 1,
+                "step_ms": min(own) * 1e3,
+                "decode_throughput": case.requests / min(own),
+                "of_base": min(plain) / min(own),
+                "of_base_rounds": [base / mine for base, mine in zip(plain, own, strict=True)],
+            }
+        )
+    return figures
+
+
+def print_mix(
+    console: Any, figures: list[dict[str, Any]], *, kernels: str, threads: int, shape: Shape
+) -> None:
+    from rich.table import Table
+
+    table = Table(
+        title=f"Decoding {figures[0]['requests']} requests, {shape.prompt_tokens} prompt and "
+        f"{shape.new_tokens} new tokens each, {kernels} kernels, {threads} threads; quickest round"
+    )
+    table.add_column("case")
+    for heading in ("adapters", "ms/step", "tok/s", "of base", "median round"):
+        table.add_column(heading, justify="right")
+    for entry in figures:
+        table.add_row(
+            entry["case"],
+            str(entry["adapters"]),
+            f"{entry['step_ms']:.1f}",
+            f"{entry['decode_throughput']:.1f}",
+            f"{entry['of_base']:.1%}",
+            f"{statistics.median(entry['of_base_rounds']):.1%}",
+        )
+    console.print(table)
+
+
+def _step_seconds(run: Run) -> float:
+    return percentiles(run.inter_token)[0]
+
+
+def _save(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    directory.mkdir(parents=True)
+    (directory / CONFIG_FILE).write_text(json.dumps({"task_type": "CAUSAL_LM", **config}))
+    save_file(tensors, directory / WEIGHTS_FILE)
+
+
+def _random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape) * _STD
+
+
+def _targeted(base: BaseModel, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
+    return {name: shape for name, shape in base.linear_shapes.items() if name.endswith(targets)}
+
+
+def _lora(base: BaseModel, rank: int, targets: tuple[str, ...]) -> Content:
+    tensors = {}
+    for name, (out_features, in_features) in _targeted(base, targets).items():
+        tensors[f"{MODULE_PREFIX}{name}.lora_A.weight"] = _random(rank, in_features)
+        tensors[f"{MODULE_PREFIX}{name}.lora_B.weight"] = _random(out_features, rank)
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
+    return config, tensors
+
+
+def _bottleneck(base: BaseModel) -> Content:
+    tensors = {}
+    for block in base.blocks:
+        prefix, hidden = f"{MODULE_PREFIX}{block.layer}.{block.place}_adapter", block.hidden_size
+        tensors[f"{prefix}.down.weight"] = _random(BOTTLENECK_SIZE, hidden)
+        tensors[f"{prefix}.down.bias"] = _random(BOTTLENECK_SIZE)
+        tensors[f"{prefix}.up.weight"] = _random(hidden, BOTTLENECK_SIZE)
+        tensors[f"{prefix}.up.bias"] = _random(hidden)
+    config = {
+        "peft_type": "BOTTLENECK",
+        "bottleneck_size": BOTTLENECK_SIZE,
+        "activation": "relu",
+        "layout": "houlsby",
+        "after_attention": True,
+        "after_mlp": True,
+        "residual": True,
+        "scaling": 1.0,
+    }
+    return config, tensors
+
+
+def _prefix(base: BaseModel) -> Content:
+    site = base.attention[0]
+    width = site.kv_heads * site.head_dim
+    config = {
+        "peft_type": "PREFIX_TUNING",
+        "num_virtual_tokens": PREFIX_TOKENS,
+        "num_layers": len(base.attention),
+        "num_attention_heads": site.kv_heads,
+        "token_dim": width,
+        "num_transformer_submodules": 1,
+    }
+    return config, {"prompt_embeddings": _random(PREFIX_TOKENS, len(base.attention) * 2 * width)}
+
+
+def _ia3(base: BaseModel) -> Content:
+    targets, inputs = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
+    tensors = {}
+    for name, (out_features, in_features) in _targeted(base, targets).items():
+        shape = (1, in_features) if name.endswith(inputs) else (out_features, 1)
+        tensors[f"{MODULE_PREFIX}{name}.ia3_l"] = 1.0 + _random(*shape)
+    config = {"peft_type": "IA3", "target_modules": list(targets), "feedforward_modules": list(inputs)}
+    return config, tensors
