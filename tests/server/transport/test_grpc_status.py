@@ -49,8 +49,9 @@ async def test_an_engine_error_has_its_code_and_details(serving, refusal_of, err
         info = refusal.details["ErrorInfo"]
         assert (info.domain, info.reason, dict(info.metadata)) == ("hotswap", reason, error.metadata)
         assert ("RetryInfo" in refusal.details) is retry
-        assert s.sample("hotswap_requests_total", rpc=rpc, method="base", code=code.name) == 1
-        assert s.engine.running == 0
+    # A call is counted after its answer has left, so only a stopped server has counted it for certain.
+    assert s.sample("hotswap_requests_total", rpc=rpc, method="base", code=code.name) == 1
+    assert s.engine.running == 0
 
 
 def test_every_error_of_the_server_has_a_code_of_its_own():
@@ -199,7 +200,7 @@ async def test_an_unknown_adapter_is_not_found(serving, refusal_of):
         )
         assert refusal.code is Code.NOT_FOUND
         assert refusal.details["ErrorInfo"].metadata["adapter"] == "acme/none"
-        assert s.sample("hotswap_requests_total", rpc="Generate", method="unknown", code="NOT_FOUND") == 1
+    assert s.sample("hotswap_requests_total", rpc="Generate", method="unknown", code="NOT_FOUND") == 1
 
 
 async def test_a_store_that_hangs_is_unavailable_and_the_base_goes_on(serving, refusal_of):
