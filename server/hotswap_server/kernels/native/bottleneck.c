@@ -32,29 +32,25 @@ static float activate(float v, int32_t kind) {
   }
 }
 
-#define ADAPT(TOKENS)                                                                                             \
-  SHRINK(TOKENS, 4)                                                                                               \
-  SHRINK(TOKENS, 1)                                                                                               \
-  EXPAND(TOKENS)                                                                                                  \
-  static void adapt_##TOKENS(const float *stream, float *x, const float *down, const float *down_bias,            \
-                             const float *up, const float *up_bias, int64_t size, int32_t activation,             \
-                             int32_t layout, int32_t residual, int64_t hidden_size) {                             \
-    const int64_t count = TOKENS * hidden_size;                                                                   \
-    float both[layout == PFEIFFER ? count : 1];                                                                   \
-    if (layout == PFEIFFER)                                                                                       \
-      for (int64_t i = 0; i < count; i++) both[i] = x[i] + stream[i];                                             \
-    const float *input = layout == HOULSBY ? x : layout == PARALLEL ? stream : both;                              \
-    float hidden[TOKENS * MAX_RANK];                                                                              \
-    int64_t r = 0;                                                                                                \
-    for (; r + ROWS <= size; r += ROWS) shrink_##TOKENS##_4(input, hidden_size, down + r * hidden_size, hidden + r); \
-    for (; r < size; r++) shrink_##TOKENS##_1(input, hidden_size, down + r * hidden_size, hidden + r);            \
-    for (int t = 0; t < TOKENS; t++) {                                                                            \
-      for (r = 0; r < size; r++)                                                                                  \
-        hidden[t * MAX_RANK + r] = activate(hidden[t * MAX_RANK + r] + down_bias[r], activation);                 \
-      for (int64_t i = 0; i < hidden_size; i++)                                                                   \
-        x[t * hidden_size + i] = (residual ? x[t * hidden_size + i] : 0.0f) + up_bias[i];                         \
-    }                                                                                                             \
-    expand_##TOKENS(hidden, size, up, hidden_size, x, hidden_size);                                               \
+#define ADAPT(TOKENS)                                                                                           \
+  LOW_RANK(TOKENS)                                                                                              \
+  static void adapt_##TOKENS(const float *stream, float *x, const float *down, const float *down_bias,          \
+                             const float *up, const float *up_bias, int64_t size, int32_t activation,           \
+                             int32_t layout, int32_t residual, int64_t hidden_size) {                           \
+    const int64_t count = TOKENS * hidden_size;                                                                 \
+    float both[layout == PFEIFFER ? count : 1];                                                                 \
+    if (layout == PFEIFFER)                                                                                     \
+      for (int64_t i = 0; i < count; i++) both[i] = x[i] + stream[i];                                           \
+    const float *input = layout == HOULSBY ? x : layout == PARALLEL ? stream : both;                            \
+    float hidden[TOKENS * MAX_RANK];                                                                            \
+    shrink_all_##TOKENS(input, hidden_size, down, size, hidden);                                                \
+    for (int t = 0; t < TOKENS; t++) {                                                                          \
+      for (int64_t r = 0; r < size; r++)                                                                        \
+        hidden[t * MAX_RANK + r] = activate(hidden[t * MAX_RANK + r] + down_bias[r], activation);               \
+      for (int64_t i = 0; i < hidden_size; i++)                                                                 \
+        x[t * hidden_size + i] = (residual ? x[t * hidden_size + i] : 0.0f) + up_bias[i];                       \
+    }                                                                                                           \
+    expand_all_##TOKENS(hidden, size, up, hidden_size, x, hidden_size);                                         \
   }
 
 ADAPT(1)

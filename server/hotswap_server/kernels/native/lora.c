@@ -10,16 +10,12 @@
 #define MAX_TOKENS 2
 
 #define UPDATE(TOKENS)                                                                                       \
-  SHRINK(TOKENS, 4)                                                                                          \
-  SHRINK(TOKENS, 1)                                                                                          \
-  EXPAND(TOKENS)                                                                                             \
+  LOW_RANK(TOKENS)                                                                                           \
   static void update_##TOKENS(const float *x, int64_t k_size, const float *a, const float *b, int64_t rank,  \
                               int64_t width, float *out, int64_t out_stride) {                               \
     float hidden[TOKENS * MAX_RANK];                                                                         \
-    int64_t r = 0;                                                                                           \
-    for (; r + ROWS <= rank; r += ROWS) shrink_##TOKENS##_4(x, k_size, a + r * k_size, hidden + r);          \
-    for (; r < rank; r++) shrink_##TOKENS##_1(x, k_size, a + r * k_size, hidden + r);                        \
-    expand_##TOKENS(hidden, rank, b, width, out, out_stride);                                                \
+    shrink_all_##TOKENS(x, k_size, a, rank, hidden);                                                         \
+    expand_all_##TOKENS(hidden, rank, b, width, out, out_stride);                                            \
   }
 
 UPDATE(1)
