@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 from hotswap_server.adapters.manager import InUse
-from hotswap_server.errors import AdapterInvalidError, InvalidRequestError
+from hotswap_server.engine.prefixes import PrefixPages
+from hotswap_server.errors import AdapterInvalidError, EngineError, InvalidRequestError
 from safetensors.torch import load_file
 from support.adapters import Oracle, edit_config, edit_tensors, write_lora, write_prefix
 from support.models import FAMILIES, MAX_CONTEXT, explain, prepared, random_prompt, tiny_model
@@ -200,6 +201,25 @@ def test_the_context_holds_the_prefix_too(llama_base, tokenizer, store, oracles)
             running.score(random_prompt(31, seed=1), "acme/long").result()
         assert len(running.score(random_prompt(30, seed=1), "acme/long").scored.logprobs) == 29
         assert len(running.generate(random_prompt(30, seed=1)).result().tokens) == 8
+
+
+def test_a_prefix_that_could_not_be_written_is_written_again(
+    llama_base, tokenizer, store, oracles, monkeypatch
+):
+    write, failures = PrefixPages._write, iter([True])
+
+    def fail_once(self, prefix, index, page):
+        if index == 2 and next(failures, False):
+            raise RuntimeError("no memory")
+        write(self, prefix, index, page)
+
+    monkeypatch.setattr(PrefixPages, "_write", fail_once)
+    with Running(llama_base, tokenizer, store) as running:
+        failed = running.generate(random_prompt(5, seed=1), "acme/long")
+        assert isinstance(failed.error, EngineError)
+        assert prefix_pages(running) == 0
+        outcome = running.generate(random_prompt(5, seed=1), "acme/long", max_new_tokens=NEW_TOKENS)
+        assert_equal(oracles("acme/long"), "acme/long", outcome)
 
 
 def test_details_and_metrics_have_the_methods_name(llama_base, tokenizer, store):

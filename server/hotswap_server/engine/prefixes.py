@@ -60,10 +60,15 @@ class PrefixPages:
             pages = self._cache.pages.allocate(self.num_missing(prefix))
             if pages is None:
                 raise RuntimeError("a prefix is shared once there is room for it")
+            try:
+                for index, page in enumerate(pages):
+                    self._write(prefix, index, page)
+            except BaseException:
+                self._cache.pages.release(pages)
+                raise
+            # Only once they are whole: a failed write must not be found by the next request.
             self._pages[prefix.digest] = pages
             self.num_pages += len(pages)
-            for index, page in enumerate(pages):
-                self._write(prefix, index, page)
         self._pages.move_to_end(prefix.digest)
         self._cache.pages.share(pages)
         return list(pages)
