@@ -80,14 +80,20 @@ def test_other_families_and_sliding_windows(family, tokenizer, tmp_path):
 def test_different_lengths_in_a_batch_under_pressure(llama_base, tokenizer, store, oracles):
     names = [None, "acme/usual", "acme/long", "acme/lora", "acme/short", "acme/page"]
     requests = [(name, random_prompt(3 + 11 * i, seed=i)) for i, name in enumerate([*names, *names])]
-    pressure = {"kv_pages": 160, "page_size": 2, "slots": 2, "max_batch_tokens": 40}
+    pressure = {"kv_pages": 140, "page_size": 2, "slots": 2, "max_batch_tokens": 40}
     with Running(llama_base, tokenizer, store, **pressure) as running:
+        # Of the base, so that memory alone decides who is preempted, however slowly adapters are loaded.
+        plain = [
+            running.generate(random_prompt(20, seed=100 + i), max_new_tokens=NEW_TOKENS) for i in range(8)
+        ]
         outcomes = running.arrive(
             [partial(running.generate, prompt, name, max_new_tokens=NEW_TOKENS) for name, prompt in requests],
             every=1,
         )
         for (name, _), outcome in zip(requests, outcomes, strict=True):
             assert_equal(oracles(name), name, outcome)
+        for outcome in plain:
+            assert_equal(oracles(None), None, outcome)
         assert running.engine.stats().preemptions > 0
         assert running.recorder.count("evicted") > 0
 
