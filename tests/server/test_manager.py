@@ -10,8 +10,9 @@ from contextlib import suppress
 import pytest
 from hotswap.layout import publish
 from hotswap.names import AdapterName
-from hotswap_server.adapters.manager import AdapterManager, InUse, Residency
+from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.method import BankOptions
+from hotswap_server.adapters.residency import InUse, Residency
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import AdapterInUseError, AdapterInvalidError, AdapterUnloadedError, CapacityError
 from support.adapters import write_lora

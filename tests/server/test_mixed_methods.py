@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hotswap_server.adapters.manager import InUse
+from hotswap_server.adapters.residency import InUse
 from hotswap_server.errors import AdapterInvalidError, EngineError, InvalidRequestError
 from support.adapters import (
     Oracle,

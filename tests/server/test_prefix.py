@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from hotswap_server.adapters.manager import InUse
+from hotswap_server.adapters.residency import InUse
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.errors import AdapterInvalidError, EngineError, InvalidRequestError
 from safetensors.torch import load_file

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import Enum, StrEnum, auto
-from typing import Any, Protocol
+from enum import StrEnum
+from typing import Any
+
+import structlog
 
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.loader import Loader
@@ -21,6 +23,7 @@ from hotswap_server.adapters.method import (
     available_methods,
     method_of,
 )
+from hotswap_server.adapters.residency import AdapterInfo, AdapterObserver, InUse, Residency
 from hotswap_server.adapters.store import AdapterStore
 from hotswap_server.core import AdapterRef
 from hotswap_server.engine.base import BaseModel
@@ -28,45 +31,7 @@ from hotswap_server.errors import AdapterInUseError, CapacityError, HotswapError
 
 _FAILURE_KEPT_S = 5.0
 
-
-class Residency(StrEnum):
-    """The nearest place that holds an adapter."""
-
-    STORE = "store"
-    HOST = "host"
-    DEVICE = "device"
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterInfo:
-    """One version and where it is. Sizes are known once it has been loaded; `error` says why it cannot be."""
-
-    ref: AdapterRef
-    residency: Residency
-    nbytes: int
-    num_parameters: int
-    pinned: bool
-    running: int
-    details: Mapping[str, str]
-    error: str | None = None
-
-
-class InUse(Enum):
-    """What unloading does to the requests that use the adapter."""
-
-    REFUSE = auto()  # nothing is unloaded
-    WAIT = auto()
-    CANCEL = auto()
-
-
-class AdapterObserver(Protocol):
-    """Called as adapters move; must be quick."""
-
-    def loaded(self, ref: AdapterRef, seconds: float) -> None: ...
-
-    def evicted(self, ref: AdapterRef) -> None: ...
-
-    def failed(self, ref: AdapterRef, error: Exception) -> None: ...
+_log = structlog.get_logger(__name__)
 
 
 class _State(StrEnum):
@@ -331,6 +296,7 @@ class AdapterManager:
         except HotswapError as failure:
             error = failure
         except Exception as failure:
+            _log.exception("adapter_not_loaded", adapter=str(resident.ref))
             error = HotswapError(f"{resident.ref} could not be loaded: {type(failure).__name__}")
         seconds = time.monotonic() - resident.since
         with self._lock:

@@ -43,7 +43,6 @@ class BatchBuilder:
         self._positions = np.zeros(max_tokens, np.int64)
         self._pages = np.zeros(max_tokens, np.int64)
         self._offsets = np.zeros(max_tokens, np.int64)
-        self._slots = np.zeros(max_tokens, np.int32)
         self._context = np.zeros(max_sequences, np.int32)
         self._tables = np.zeros((max_sequences, max_pages), np.int32)
 

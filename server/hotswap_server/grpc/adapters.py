@@ -13,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc
 
-from hotswap_server.adapters.manager import AdapterInfo, AdapterManager, InUse, Residency
+from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.residency import AdapterInfo, InUse, Residency
 from hotswap_server.errors import InvalidRequestError
 from hotswap_server.grpc import convert
 from hotswap_server.grpc.interceptors import current_call

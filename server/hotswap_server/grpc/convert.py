@@ -9,7 +9,7 @@ from hotswap.names import MAX_VERSION, AdapterName, InvalidAdapterNameError
 from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 
 from hotswap_server import core
-from hotswap_server.adapters.manager import AdapterInfo, Residency
+from hotswap_server.adapters.residency import AdapterInfo, Residency
 from hotswap_server.errors import InvalidRequestError
 
 _PATHS: Final = {

@@ -86,7 +86,7 @@ class OneDnnKernels(ReferenceKernels):
 
 
 class NativeKernels(ReferenceKernels):
-    """The C kernels for single query tokens and short runs; matrix products for long ones."""
+    """The C kernels; attention over prompts and long runs of a bottleneck adapter go through torch."""
 
     name = "native"
 

@@ -14,7 +14,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 from hotswap.v1 import adapters_pb2_grpc, inference_pb2_grpc
-from hotswap_server.adapters.manager import AdapterInfo, InUse, Residency
+from hotswap_server.adapters.residency import AdapterInfo, InUse, Residency
 from hotswap_server.core import (
     AdapterRef,
     Delta,

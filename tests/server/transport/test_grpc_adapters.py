@@ -5,7 +5,7 @@ from __future__ import annotations
 import grpc
 import pytest
 from hotswap.v1 import adapters_pb2
-from hotswap_server.adapters.manager import InUse, Residency
+from hotswap_server.adapters.residency import InUse, Residency
 from hotswap_server.errors import CapacityError
 
 

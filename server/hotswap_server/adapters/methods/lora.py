@@ -37,15 +37,7 @@ _READ = frozenset(
 # Fields of its own that leave a trained adapter's result alone.
 _WITHOUT_EFFECT = frozenset(
     {
-        *(
-            "peft_type",
-            "auto_mapping",
-            "base_model_name_or_path",
-            "revision",
-            "inference_mode",
-            "peft_version",
-        ),
-        *("task_type", "lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
+        *("lora_dropout", "megatron_core", "qalora_group_size", "runtime_config"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     }
 )

@@ -1,0 +1,50 @@
+"""The nouns of an adapter's place in memory, for the manager and for those who ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, StrEnum, auto
+from typing import Protocol
+
+from hotswap_server.core import AdapterRef
+
+
+class Residency(StrEnum):
+    """The nearest place that holds an adapter."""
+
+    STORE = "store"
+    HOST = "host"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """One version and where it is. Sizes are known once it has been loaded; `error` says why it cannot be."""
+
+    ref: AdapterRef
+    residency: Residency
+    nbytes: int
+    num_parameters: int
+    pinned: bool
+    running: int
+    details: Mapping[str, str]
+    error: str | None = None
+
+
+class InUse(Enum):
+    """What unloading does to the requests that use the adapter."""
+
+    REFUSE = auto()  # nothing is unloaded
+    WAIT = auto()
+    CANCEL = auto()
+
+
+class AdapterObserver(Protocol):
+    """Called as adapters move; must be quick."""
+
+    def loaded(self, ref: AdapterRef, seconds: float) -> None: ...
+
+    def evicted(self, ref: AdapterRef) -> None: ...
+
+    def failed(self, ref: AdapterRef, error: Exception) -> None: ...
