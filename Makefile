@@ -12,6 +12,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 # Tests find the environment's commands, buf among them, as if it were activated, and ask no model hub.
 TEST_ENV = PATH="$(abspath $(BIN)):$$PATH" HF_HUB_OFFLINE=1
+# Tests run side by side, one process a core, each with one torch thread: the models are too small for more.
+# JOBS=0 runs them in one process, for a debugger.
+JOBS ?= auto
 # What `make lock` starts from; everything else takes its newest release.
 TORCH ?= 2.13.0
 
@@ -28,7 +31,7 @@ demo: $(INSTALLED) ## Train three adapters, serve them, and ask all three in one
 
 .PHONY: test
 test: $(INSTALLED) ## Run the tests but the slow ones.
-	$(TEST_ENV) $(BIN)/pytest -m "not slow" $(ARGS)
+	$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --maxprocesses 4 --dist worksteal $(ARGS)
 
 .PHONY: test-slow
 test-slow: $(INSTALLED) ## Run the slow tests: minutes each, some want a quiet machine.
