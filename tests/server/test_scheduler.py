@@ -40,9 +40,18 @@ class FakeAdapters:
         self.left: dict[AdapterRef, int] = {}  # steps until it is loaded; has a slot
         self.users: Counter[AdapterRef] = Counter()
         self.loads: list[AdapterRef] = []
+        self.expected: Counter[AdapterRef] = Counter()
         self.placed: dict[tuple[str, int], Prefix] = {}
 
+    def expect(self, ref: AdapterRef) -> None:
+        self.expected[ref] += 1
+
+    def forget(self, ref: AdapterRef) -> None:
+        assert self.expected[ref] > 0, "forgotten once too often"
+        self.expected[ref] -= 1
+
     def try_acquire(self, ref: AdapterRef) -> int | None:
+        assert self.expected[ref] > 0, "asked for without being expected"
         if ref not in self.left:
             if len(self.left) == self.num_slots:
                 idle = [held for held in self.left if not self.users[held] and self.left[held] == 0]
@@ -57,6 +66,7 @@ class FakeAdapters:
             del self.left[ref]
             raise AdapterInvalidError(f"{ref} is bad")
         self.users[ref] += 1
+        self.expected[ref] -= 1
         self.placed.clear()
         for slot, held in enumerate(self.left):
             if held.digest in PREFIXES:
@@ -164,6 +174,8 @@ class Simulation:
             assert sequence.num_computed == 0
         users = Counter(s.request.adapter for s in self.alive if s.slot is not None)
         assert users == +self.adapters.users
+        expected = Counter(s.request.adapter for s in self.alive if s.slot is None and s.request.adapter)
+        assert expected == +self.adapters.expected
 
     def check_prefix(self, sequence: Sequence) -> None:
         """The first positions of its pages hold the prefix of its adapter."""
@@ -190,6 +202,7 @@ class Simulation:
         assert self.prefixes.make_room(self.cache.pages.num_pages), "idle prefixes give their pages back"
         assert self.cache.pages.num_used == self.prefixes.num_pages == 0
         assert not +self.adapters.users
+        assert not +self.adapters.expected
 
 
 @settings(max_examples=200, deadline=None)

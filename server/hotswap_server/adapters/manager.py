@@ -60,7 +60,9 @@ class AdapterManager:
         self._placement = Placement(
             self._banks, self._cache, self._loader, observer, lambda: self.on_change()
         )
-        # The engine's face; neither blocks.
+        # The engine's face; none of them blocks.
+        self.expect = self._placement.expect
+        self.forget = self._placement.forget
         self.try_acquire = self._placement.try_acquire
         self.release = self._placement.release
         self.on_change: Callable[[], None] = lambda: None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ class Placement:
         self._free = {name: list(range(bank.num_slots))[::-1] for name, bank in banks.items()}
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier")
         self._clock = itertools.count(1)
+        self._wanted: Counter[AdapterRef] = Counter()  # requests that have no slot yet
         self.residents: dict[AdapterRef, Resident] = {}
         self.host_copies: set[AdapterRef] = set()  # loaded once, and perhaps still in the cache
         self.lock = threading.RLock()
@@ -80,8 +82,18 @@ class Placement:
         """End the copying; the loader must have ended."""
         self._copier.shutdown(wait=True)
 
+    # What the engine's scheduler asks, see `AdapterResidency`; never blocks.
+
+    def expect(self, ref: AdapterRef) -> None:
+        with self.lock:
+            self._wanted[ref] += 1
+            self.bring(ref)
+
+    def forget(self, ref: AdapterRef) -> None:
+        with self.lock:
+            self._unwant(ref)
+
     def try_acquire(self, ref: AdapterRef) -> int | None:
-        """See `AdapterResidency.try_acquire`."""
         with self.lock:
             resident = self.bring(ref)
             if resident is None or resident.leaving or resident.state is State.LOADING:
@@ -91,6 +103,7 @@ class Placement:
                 raise resident.error or CapacityError(f"{ref} could not be loaded")
             resident.users += 1
             resident.last_used = next(self._clock)
+            self._unwant(ref)
             return resident.slot
 
     def release(self, ref: AdapterRef) -> None:
@@ -156,6 +169,11 @@ class Placement:
         """Requests that hold a slot now."""
         with self.lock:
             return sum(resident.users for resident in self.residents.values())
+
+    def _unwant(self, ref: AdapterRef) -> None:
+        self._wanted[ref] -= 1
+        if self._wanted[ref] <= 0:
+            del self._wanted[ref]
 
     def _take_slot(self, method: str) -> int | None:
         free = self._free[method]

@@ -16,14 +16,27 @@ from hotswap_server.errors import HotswapError
 
 
 class AdapterResidency(Protocol):
-    """Where the scheduler gets slots from; never waits."""
+    """Where the scheduler gets slots from; never waits.
+
+    Each request is told of once by `expect`, which a successful `try_acquire` or a `forget` ends.
+    """
+
+    def expect(self, ref: AdapterRef) -> None:
+        """A request will ask for `ref`: have it brought, and do not let it be evicted before that."""
+        ...
 
     def try_acquire(self, ref: AdapterRef) -> int | None:
-        """A slot that holds `ref`, kept until `release`; None while it is not there, its load having begun.
+        """A slot that holds `ref`, kept until `release`; None while it is not there.
+
+        Those that are waited for get slots in turn: an adapter that others keep using makes room in the end.
 
         Raises:
             HotswapError: it cannot be loaded.
         """
+        ...
+
+    def forget(self, ref: AdapterRef) -> None:
+        """A request that `expect` told of has ended without a slot."""
         ...
 
     def release(self, ref: AdapterRef) -> None: ...
@@ -73,6 +86,8 @@ class Scheduler:
         self.num_preemptions = 0
 
     def add(self, sequence: Sequence) -> None:
+        if sequence.request.adapter is not None:
+            self._adapters.expect(sequence.request.adapter)
         self.waiting.append(sequence)
 
     def schedule(self) -> Plan:
@@ -103,9 +118,13 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._cache.pages.release(sequence.pages)
         sequence.pages = []
-        if sequence.slot is not None and sequence.request.adapter is not None:
-            self._adapters.release(sequence.request.adapter)
-            sequence.slot = None
+        adapter = sequence.request.adapter
+        if adapter is not None:
+            if sequence.slot is None:
+                self._adapters.forget(adapter)
+            else:
+                self._adapters.release(adapter)
+                sequence.slot = None
 
     def _reserve(self, sequence: Sequence, num_new: int, batch: list[Scheduled]) -> bool:
         """Make room for `num_new` more tokens, at the expense of younger sequences if need be."""
