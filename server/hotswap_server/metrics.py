@@ -19,6 +19,7 @@ from prometheus_client import (
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from hotswap_server.adapters.residency import LoadRecord, Residency
 from hotswap_server.core import BASE_METHOD, AdapterRef
 from hotswap_server.engine.observer import RequestRecord, StepRecord
 from hotswap_server.errors import HotswapError
@@ -118,7 +119,18 @@ class Metrics:
         self._loads = self._histogram(
             "adapter_load_seconds", "Time to bring an adapter to the device.", _REQUEST_BUCKETS, "method"
         )
-        self._evictions = self._counter("adapter_evictions", "Adapters that left the device.", "method")
+        self._slot_waits = self._histogram(
+            "adapter_slot_wait_seconds",
+            "Time of that in which the adapter waited in host memory for a slot.",
+            _REQUEST_BUCKETS,
+            "method",
+        )
+        self._evictions = self._counter(
+            "adapter_evictions", "Adapters that left host memory or the device.", "method", "tier"
+        )
+        self._load_retries = self._counter(
+            "adapter_load_retries", "Reads of the store that failed and were tried again.", "method", "reason"
+        )
         self._load_failures = self._counter("adapter_load_failures", "Loads that failed.", "method", "reason")
 
     def describe_build(self, **facts: str) -> None:
@@ -175,11 +187,15 @@ class Metrics:
         for gap in record.inter_token:
             gaps.observe(gap)
 
-    def loaded(self, ref: AdapterRef, seconds: float) -> None:
-        self._loads.labels(ref.method).observe(seconds)
+    def loaded(self, record: LoadRecord) -> None:
+        self._loads.labels(record.ref.method).observe(record.seconds)
+        self._slot_waits.labels(record.ref.method).observe(record.slot_seconds)
 
-    def evicted(self, ref: AdapterRef) -> None:
-        self._evictions.labels(ref.method).inc()
+    def retried(self, ref: AdapterRef, error: Exception) -> None:
+        self._load_retries.labels(ref.method, error_reason(error).lower()).inc()
+
+    def evicted(self, ref: AdapterRef, tier: Residency) -> None:
+        self._evictions.labels(ref.method, tier.value).inc()
 
     def failed(self, ref: AdapterRef, error: Exception) -> None:
         self._load_failures.labels(ref.method, error_reason(error).lower()).inc()

@@ -119,9 +119,12 @@ def test_the_pauses_between_tries_grow(monkeypatch):
 
 def test_a_store_that_stays_away_fails_the_load_and_the_next_one_tries_again():
     store = FakeStore(lambda read: StoreUnavailableError("away") if read < 3 else None)
-    with loader_of(store, retries=2) as loader:
-        with pytest.raises(StoreUnavailableError, match="away"):
-            loader.load(ref("a")).result(SOON_S)
+    with loader_of(store, retries=2, unavailable_ttl_s=0.2) as loader:
+        for _ in range(2):
+            with pytest.raises(StoreUnavailableError, match="away"):
+                loader.load(ref("a")).result(SOON_S)
+        assert len(store.reads) == 3
+        time.sleep(0.25)
         assert loader.load(ref("a")).result(SOON_S).digest == "a"
     assert len(store.reads) == 4
 

@@ -5,7 +5,6 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import suppress
 
 import pytest
 from hotswap.layout import publish
@@ -14,7 +13,7 @@ from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.residency import InUse, Residency
 from hotswap_server.core import AdapterRef
-from hotswap_server.errors import AdapterInUseError, AdapterInvalidError, AdapterUnloadedError, CapacityError
+from hotswap_server.errors import AdapterInUseError, AdapterInvalidError, AdapterUnloadedError
 from support.adapters import write_lora
 from support.models import random_prompt
 from support.running import SOON_S, Recorder, Running, wait_until
@@ -56,6 +55,7 @@ def acquire(manager: AdapterManager, name: str) -> tuple[AdapterRef, int]:
         slot = manager.try_acquire(ref)
         return slot is not None
 
+    manager.expect(ref)
     wait_until(there)
     assert slot is not None
     return ref, slot
@@ -86,13 +86,13 @@ def test_a_slot_in_use_is_never_taken(manager):
     refs, slots = zip(*(acquire(manager, name) for name in "abc"), strict=True)
     assert len(set(slots)) == 3
     other = manager.resolve("acme/d", None)
+    manager.expect(other)
+    wait_until(lambda: manager.get("acme/d", None).residency is Residency.HOST)
     assert manager.try_acquire(other) is None
-    with pytest.raises(CapacityError, match="all lora slots are in use"):
-        manager.load("acme/d", None)
     assert evicted(manager) == []
     assert manager.users() == 3
     manager.release(refs[1])
-    assert acquire(manager, "d")[1] == slots[1]
+    wait_until(lambda: manager.try_acquire(other) == slots[1])
     assert evicted(manager) == ["b"]
 
 
@@ -139,7 +139,7 @@ def test_unload_refuses_while_in_use(manager):
     ref, _ = acquire(manager, "a")
     with pytest.raises(AdapterInUseError, match="1 running requests use acme/a"):
         manager.unload("acme/a", None, in_use=InUse.REFUSE)
-    assert manager.try_acquire(ref) is not None
+    assert acquire(manager, "a")[0] == ref
     manager.release(ref)
     manager.release(ref)
     assert manager.unload("acme/a", None, in_use=InUse.REFUSE).result(SOON_S) == 1
@@ -156,7 +156,9 @@ def test_unload_waits_for_users_and_nobody_new_comes_in(manager):
     ref, _ = acquire(manager, "a")
     left = manager.unload("acme/a", None, in_use=InUse.WAIT)
     again = manager.unload("acme/a", 1, in_use=InUse.WAIT)
+    manager.expect(ref)
     assert manager.try_acquire(ref) is None
+    manager.forget(ref)
     assert not left.done()
     assert not again.done()
     manager.release(ref)
@@ -174,6 +176,7 @@ def test_unload_of_what_is_being_loaded(manager, monkeypatch):
 
     monkeypatch.setattr(type(manager._banks["lora"]), "put", slow)
     loading = manager.load("acme/a", None)
+    wait_until(lambda: manager.slot_counts()["lora"] == (1, 3))
     left = manager.unload("acme/a", None, in_use=InUse.CANCEL)
     assert not left.done()
     gate.set()
@@ -271,8 +274,7 @@ def test_many_threads_loading_unloading_and_requesting(llama_base, tokenizer, st
                             f"acme/{name}", None, in_use=rng.choice([InUse.WAIT, InUse.CANCEL])
                         )
                     case 1:
-                        with suppress(CapacityError):
-                            running.adapters.load(f"acme/{name}", None)
+                        running.adapters.load(f"acme/{name}", None)
                     case 2:
                         running.cancel(running.generate(PROMPT, f"acme/{name}", max_new_tokens=300))
                     case _:

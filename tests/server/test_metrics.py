@@ -7,9 +7,10 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
+from hotswap_server.adapters.residency import LoadRecord, Residency
 from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings
 from hotswap_server.engine.observer import RequestRecord, StepRecord
-from hotswap_server.errors import AdapterInvalidError, EngineError
+from hotswap_server.errors import AdapterInvalidError, EngineError, StoreUnavailableError
 from hotswap_server.metrics import Metrics, MetricsServer
 
 REF = AdapterRef("a/x", 1, "d", "lora")
@@ -92,11 +93,16 @@ def test_gauges_are_read_when_scraped(metrics):
 
 
 def test_adapters_coming_and_going_are_counted(metrics):
-    metrics.loaded(REF, 0.5)
-    metrics.evicted(REF)
+    metrics.loaded(LoadRecord(REF, 0.5, 0.1))
+    metrics.evicted(REF, Residency.DEVICE)
+    metrics.evicted(REF, Residency.HOST)
+    metrics.retried(REF, StoreUnavailableError("away"))
     metrics.failed(REF, AdapterInvalidError("no"))
     assert sample(metrics, "adapter_load_seconds_sum", method="lora") == 0.5
-    assert sample(metrics, "adapter_evictions_total", method="lora") == 1
+    assert sample(metrics, "adapter_slot_wait_seconds_sum", method="lora") == 0.1
+    for tier in ("device", "host"):
+        assert sample(metrics, "adapter_evictions_total", method="lora", tier=tier) == 1
+    assert sample(metrics, "adapter_load_retries_total", method="lora", reason="store_unavailable") == 1
     assert sample(metrics, "adapter_load_failures_total", method="lora", reason="adapter_invalid") == 1
 
 
@@ -109,8 +115,8 @@ def test_calls_in_flight_return_to_zero(metrics):
 
 
 def test_two_servers_in_a_process_do_not_share_numbers(metrics):
-    metrics.evicted(REF)
-    assert sample(Metrics(), "adapter_evictions_total", method="lora") is None
+    metrics.evicted(REF, Residency.DEVICE)
+    assert sample(Metrics(), "adapter_evictions_total", method="lora", tier="device") is None
 
 
 def test_the_endpoint_answers_until_it_is_closed(metrics, unused_tcp_port):

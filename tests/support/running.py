@@ -12,6 +12,7 @@ from typing import Any
 
 from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.method import BankOptions
+from hotswap_server.adapters.residency import LoadRecord, Residency
 from hotswap_server.core import (
     AdapterRef,
     Delta,
@@ -102,6 +103,7 @@ class Recorder:
         self.steps: list[StepRecord] = []
         self.requests: list[RequestRecord] = []
         self.adapter_events: list[tuple[str, AdapterRef]] = []
+        self.loads: list[LoadRecord] = []
         self.after_step: defaultdict[int, list[Callable[[], None]]] = defaultdict(list)
 
     def step(self, record: StepRecord) -> None:
@@ -112,11 +114,15 @@ class Recorder:
     def finished(self, record: RequestRecord) -> None:
         self.requests.append(record)
 
-    def loaded(self, ref: AdapterRef, seconds: float) -> None:
-        self.adapter_events.append(("loaded", ref))
+    def loaded(self, record: LoadRecord) -> None:
+        self.loads.append(record)
+        self.adapter_events.append(("loaded", record.ref))
 
-    def evicted(self, ref: AdapterRef) -> None:
-        self.adapter_events.append(("evicted", ref))
+    def retried(self, ref: AdapterRef, error: Exception) -> None:
+        self.adapter_events.append(("retried", ref))
+
+    def evicted(self, ref: AdapterRef, tier: Residency) -> None:
+        self.adapter_events.append(("evicted" if tier is Residency.DEVICE else "evicted_from_host", ref))
 
     def failed(self, ref: AdapterRef, error: Exception) -> None:
         self.adapter_events.append(("failed", ref))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -34,12 +34,17 @@ class _Entry(Generic[V]):
 
 
 class HostCache(Generic[V]):
-    """Values keyed by content digest, within `budget_bytes`. Every method may be called from any thread."""
+    """Values keyed by content digest, within `budget_bytes`. Every method may be called from any thread.
+
+    `on_evict` is called with the digest of what had to leave for something else, on the thread that brought
+    that, and without the cache's lock.
+    """
 
     def __init__(self, budget_bytes: int) -> None:
         if budget_bytes < 0:
             raise ValueError(f"budget_bytes must be 0 or more, got {budget_bytes}")
         self.budget_bytes = budget_bytes
+        self.on_evict: Callable[[str], None] = lambda digest: None
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry[V]] = OrderedDict()  # least recently used first
         self._bytes = 0
@@ -52,6 +57,12 @@ class HostCache(Generic[V]):
         """The value, which becomes the most recently used one, or None."""
         with self._lock:
             entry = self._touch(digest)
+            return None if entry is None else entry.value
+
+    def peek(self, digest: str) -> V | None:
+        """The value or None; neither its place in the order nor the counts change."""
+        with self._lock:
+            entry = self._entries.get(digest)
             return None if entry is None else entry.value
 
     def put(self, digest: str, value: V, nbytes: int) -> None:
@@ -75,9 +86,11 @@ class HostCache(Generic[V]):
                     f"{self._leased_bytes} of the host cache's {self.budget_bytes} bytes are in use and "
                     f"{nbytes} more do not fit now; retry later, or raise --host-cache-bytes"
                 )
-            self._evict_until(self.budget_bytes - nbytes)
+            evicted = self._evict_until(self.budget_bytes - nbytes)
             self._entries[digest] = _Entry(value, nbytes)
             self._bytes += nbytes
+        for gone in evicted:
+            self.on_evict(gone)
 
     def pin(self, digest: str) -> V | None:
         """As `get`; a value that is here also stays until `unpin` was called as often as this."""
@@ -161,9 +174,19 @@ class HostCache(Generic[V]):
         self._entries.move_to_end(digest)
         return entry
 
-    def _evict_until(self, nbytes: int) -> None:
+    def _evict_until(self, nbytes: int) -> list[str]:
         """Evict until at most `nbytes` are held; the caller has checked that the leased ones are fewer."""
-        while self._bytes > nbytes:
-            digest = next(digest for digest, entry in self._entries.items() if entry.leases == 0)
+        evicted: list[str] = []
+        if self._bytes > nbytes:
+            # Leased ones are passed over once, not once for each that leaves.
+            freed = 0
+            for digest, entry in self._entries.items():
+                if entry.leases == 0:
+                    evicted.append(digest)
+                    freed += entry.nbytes
+                    if self._bytes - freed <= nbytes:
+                        break
+        for digest in evicted:
             self._bytes -= self._entries.pop(digest).nbytes
-            self._evictions += 1
+        self._evictions += len(evicted)
+        return evicted

@@ -6,7 +6,7 @@ import queue
 import random
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -14,20 +14,15 @@ from typing import Generic, Protocol, TypeVar
 
 import structlog
 
-from hotswap_server.adapters.checkpoint import AdapterChangedError, RawCheckpoint
+from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.adapters.failures import FailureMemory, is_transient
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.core import AdapterRef
-from hotswap_server.errors import (
-    AdapterInvalidError,
-    CapacityError,
-    DrainingError,
-    OverloadedError,
-    StoreUnavailableError,
-)
+from hotswap_server.errors import DrainingError, HotswapError, OverloadedError, StoreUnavailableError
 
 logger = structlog.get_logger(__name__)
 
-_MAX_FAILURES = 4096  # failed loads remembered
+_MAX_ABANDONED = 32  # threads in reads that hang
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -49,23 +44,24 @@ class ReadableStore(Protocol):
 
 H = TypeVar("H", bound=HostAdapter)
 
-_Lasting = AdapterInvalidError | CapacityError  # another try would end the same
-
 
 @dataclass(eq=False, slots=True)
 class _Job(Generic[H]):
     ref: AdapterRef
     deadline: float
     future: Future[H] = field(default_factory=Future)
+    begun: bool = False
+    replaced: bool = False  # its thread hangs, and another one does the work
 
 
 class Loader(Generic[H]):
     """Loads adapters on `workers` threads and keeps them in `cache`, each digest once at a time.
 
-    A load waits, is read and is parsed within `deadline_s` seconds, or fails. `StoreUnavailableError` alone
-    is retried, up to `retries` times, after `backoff_s`, twice that, and so on, each shortened at random by
-    up to half. An adapter that is invalid or too large fails at once, without another look at the store, for
-    the next `negative_ttl_s` seconds.
+    A load waits, is read and is parsed within `deadline_s` seconds, or fails; a thread whose read hangs for
+    longer is replaced. What `is_transient` is retried, up to `retries` times, after `backoff_s`, twice that,
+    and so on, each shortened at random by up to half. After a failure the same digest fails at once, without
+    another look at the store: for `negative_ttl_s` seconds when the adapter is invalid or too large, for
+    `unavailable_ttl_s` when storage failed. `on_retry` is called on a loader thread before each pause.
 
     A future's callbacks run on a loader thread, on the deadline thread, or, when the answer is there already,
     on the thread that adds them. They must be short: a loader thread loads nothing meanwhile.
@@ -82,6 +78,8 @@ class Loader(Generic[H]):
         retries: int = 3,
         backoff_s: float = 0.2,
         negative_ttl_s: float = 10.0,
+        unavailable_ttl_s: float = 1.0,
+        on_retry: Callable[[AdapterRef, Exception], None] = lambda ref, error: None,
     ) -> None:
         self._store = store
         self._cache = cache
@@ -89,22 +87,21 @@ class Loader(Generic[H]):
         self._deadline_s = deadline_s
         self._retries = retries
         self._backoff_s = backoff_s
-        self._negative_ttl_s = negative_ttl_s
+        self._on_retry = on_retry
+        self._failures = FailureMemory(negative_ttl_s, unavailable_ttl_s)
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._queue: queue.SimpleQueue[_Job[H] | None] = queue.SimpleQueue()
         self._jobs: dict[str, _Job[H]] = {}  # unanswered, by digest
         self._deadlines: deque[_Job[H]] = deque()  # all have the same time to live: first in, first due
         self._deadline_added = threading.Condition(self._lock)
-        self._failures: OrderedDict[str, tuple[float, _Lasting]] = OrderedDict()
-        # Daemons: a read that hangs in a file system must not keep the process from ending.
-        self._workers = [
-            threading.Thread(target=self._work, name=f"adapter-loader-{i}", daemon=True)
-            for i in range(workers)
-        ]
+        self._workers: list[threading.Thread] = []
+        self._num_abandoned = 0
         self._watcher = threading.Thread(target=self._watch, name="adapter-loader-deadline", daemon=True)
-        for thread in (*self._workers, self._watcher):
-            thread.start()
+        self._watcher.start()
+        with self._lock:
+            for _ in range(workers):
+                self._add_worker()
 
     def load(self, ref: AdapterRef) -> Future[H]:
         """The adapter, from host memory or soon from the store. Never blocks.
@@ -120,7 +117,7 @@ class Loader(Generic[H]):
             # Under the lock: between a miss and the look at the jobs, no load may end.
             if (cached := self._cache.get(ref.digest)) is not None:
                 return _answered(cached)
-            if (failure := self._remembered_failure(ref.digest)) is not None:
+            if (failure := self._failures.recall(ref.digest)) is not None:
                 return _answered(failure)
             if (job := self._jobs.get(ref.digest)) is None:
                 job = _Job(ref, time.monotonic() + self._deadline_s)
@@ -133,8 +130,11 @@ class Loader(Generic[H]):
 
     def forget_failure(self, digest: str) -> None:
         """Let the next `load` of a digest look at the store again, whatever was found before."""
-        with self._lock:
-            self._failures.pop(digest, None)
+        self._failures.forget(digest)
+
+    def failure(self, digest: str) -> HotswapError | None:
+        """What a load of this digest would fail with at once."""
+        return self._failures.recall(digest)
 
     def close(self) -> None:
         """Fail what is unanswered with DrainingError and end the threads.
@@ -144,20 +144,47 @@ class Loader(Generic[H]):
         with self._lock:
             self._closing.set()
             unanswered = list(self._jobs.values())
+            workers = list(self._workers)
             self._deadline_added.notify()
         for job in unanswered:
             self._answer(job, DrainingError("the server is shutting down and loads no adapters"))
-        for _ in self._workers:
+        for _ in workers:
             self._queue.put(None)
         until = time.monotonic() + _CLOSE_TIMEOUT_S
-        for thread in (*self._workers, self._watcher):
+        for thread in (*workers, self._watcher):
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until - time.monotonic()))
 
+    def _add_worker(self) -> None:
+        """With the lock held."""
+        # Daemons: a read that hangs in a file system must not keep the process from ending.
+        name = f"adapter-loader-{len(self._workers)}"
+        worker = threading.Thread(target=self._work, name=name, daemon=True)
+        self._workers.append(worker)
+        worker.start()
+
     def _work(self) -> None:
         while (job := self._queue.get()) is not None:
-            if self._is_unanswered(job):
+            if self._begin(job):
                 self._answer(job, self._load(job))
+            with self._lock:
+                if job.replaced:
+                    self._num_abandoned -= 1
+                    self._workers.remove(threading.current_thread())
+                    return
+
+    def _begin(self, job: _Job[H]) -> bool:
+        with self._lock:
+            job.begun = self._jobs.get(job.ref.digest) is job
+            return job.begun
+
+    def _replace_worker(self, job: _Job[H]) -> None:
+        """Have another thread for the one that hangs in `job`."""
+        with self._lock:
+            if job.begun and self._jobs.get(job.ref.digest) is job and self._num_abandoned < _MAX_ABANDONED:
+                job.replaced = True
+                self._num_abandoned += 1
+                self._add_worker()
 
     def _load(self, job: _Job[H]) -> H | Exception:
         try:
@@ -167,11 +194,8 @@ class Loader(Generic[H]):
             except OverloadedError as error:
                 logger.warning("adapter_not_cached", adapter=str(job.ref), error=str(error))
             return adapter
-        except (AdapterInvalidError, CapacityError) as error:
-            if not isinstance(error, AdapterChangedError):
-                self._remember_failure(job.ref.digest, error)
-            return error
         except Exception as error:  # whatever it is belongs to the waiters, and the thread lives on
+            self._failures.remember(job.ref.digest, error)
             return error
 
     def _read(self, job: _Job[H]) -> RawCheckpoint:
@@ -181,8 +205,9 @@ class Loader(Generic[H]):
                 return self._store.read(job.ref)
             except StoreUnavailableError as error:
                 pause = self._backoff_s * 2**attempt * random.uniform(0.5, 1.0)
-                if attempt == self._retries or not self._is_unanswered(job):
+                if not is_transient(error) or attempt == self._retries or not self._is_unanswered(job):
                     raise
+                self._on_retry(job.ref, error)
                 logger.warning("store_read_retry", adapter=str(job.ref), pause_s=pause, error=str(error))
                 self._closing.wait(pause)
                 attempt += 1
@@ -202,13 +227,12 @@ class Loader(Generic[H]):
                     self._deadline_added.wait(self._deadlines[0].deadline - now if self._deadlines else None)
                     continue
                 job = self._deadlines.popleft()
-            self._answer(
-                job,
-                StoreUnavailableError(
-                    f"{job.ref} was not loaded within {self._deadline_s:g} s; retry later",
-                    adapter=str(job.ref),
-                ),
+            late = StoreUnavailableError(
+                f"{job.ref} was not loaded within {self._deadline_s:g} s; retry later", adapter=str(job.ref)
             )
+            self._replace_worker(job)
+            self._failures.remember(job.ref.digest, late)
+            self._answer(job, late)
 
     def _is_unanswered(self, job: _Job[H]) -> bool:
         with self._lock:
@@ -221,29 +245,6 @@ class Loader(Generic[H]):
                 return
             del self._jobs[job.ref.digest]
         _complete(job.future, result)
-
-    def _remember_failure(self, digest: str, error: _Lasting) -> None:
-        with self._lock:
-            self._failures[digest] = (time.monotonic() + self._negative_ttl_s, _fresh(error))
-            self._failures.move_to_end(digest)
-            if len(self._failures) > _MAX_FAILURES:
-                self._failures.popitem(last=False)
-
-    def _remembered_failure(self, digest: str) -> _Lasting | None:
-        failure = self._failures.get(digest)
-        if failure is None:
-            return None
-        until, error = failure
-        if time.monotonic() >= until:
-            del self._failures[digest]
-            return None
-        return _fresh(error)
-
-
-def _fresh(error: _Lasting) -> _Lasting:
-    """The same error without its traceback: the frames of that hold the file's bytes."""
-    kind = CapacityError if isinstance(error, CapacityError) else AdapterInvalidError
-    return kind(str(error), **error.metadata)
 
 
 def _answered(result: H | Exception) -> Future[H]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from itertools import chain
 
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.loader import Loader
@@ -16,8 +16,15 @@ from hotswap_server.adapters.method import (
     available_methods,
     method_of,
 )
-from hotswap_server.adapters.placement import Placement, State
-from hotswap_server.adapters.residency import AdapterInfo, AdapterObserver, InUse, Residency
+from hotswap_server.adapters.placement import Placement
+from hotswap_server.adapters.residency import (
+    AdapterInfo,
+    AdapterObserver,
+    InUse,
+    NullAdapterObserver,
+    Residency,
+)
+from hotswap_server.adapters.slots import Facts, State
 from hotswap_server.adapters.store import AdapterStore
 from hotswap_server.core import AdapterRef
 from hotswap_server.engine.base import BaseModel
@@ -46,6 +53,7 @@ class AdapterManager:
         methods = available_methods()
         self._store = store
         self._base = base
+        self._observer = observer or NullAdapterObserver()
         self._banks: dict[str, AdapterBank] = {
             name: method.create_bank(base, options) for name, method in methods.items()
         }
@@ -56,9 +64,10 @@ class AdapterManager:
             lambda raw: methods[raw.ref.method].parse(raw, base, options),
             workers=load_workers,
             deadline_s=load_deadline_s,
+            on_retry=self._observer.retried,
         )
         self._placement = Placement(
-            self._banks, self._cache, self._loader, observer, lambda: self.on_change()
+            self._banks, self._cache, self._loader, self._observer, lambda: self.on_change()
         )
         # The engine's face; none of them blocks.
         self.expect = self._placement.expect
@@ -109,90 +118,136 @@ class AdapterManager:
         return self._info(self._store.resolve(name, version))
 
     def load(self, name: str, version: int | None) -> Future[AdapterInfo]:
-        """Bring a version to the device, without a request. The future holds the error if that fails.
+        """Bring a version to the device, without a request; it waits for a slot in its turn.
 
-        Raises:
-            CapacityError: every slot of its method is in use.
+        The future holds the error if that fails.
         """
         ref = self._store.resolve(name, version)
-        loaded: Future[None] = Future()
-        loaded.set_running_or_notify_cancel()
-        with self._placement.lock:
-            resident = self._placement.bring(ref)
-            if resident is None:
-                raise CapacityError(
-                    f"{ref}: all {ref.method} slots are in use; start the server with more of them"
-                )
-            if resident.state is State.LOADING:
-                resident.on_loaded.append(loaded)
-            elif resident.error is not None:
-                loaded.set_exception(resident.error)
-            else:
-                loaded.set_result(None)
+        loaded = _promise()
+        with self._placement.acting():
+            self._placement.bring(ref, loaded=loaded)
         return self._described(ref, loaded)
+
+    def prefetch(self, name: str, version: int | None) -> Future[AdapterInfo]:
+        """Bring a version to host memory, where it waits for its first request as long as there is room.
+
+        The future holds the error if that fails.
+        """
+        ref = self._store.resolve(name, version)
+        fetched = self._loader.load(ref)
+        done = _promise()
+
+        def note(fetched: Future[MethodAdapter]) -> None:
+            if (error := fetched.exception()) is not None:
+                self._observer.failed(
+                    ref, error if isinstance(error, Exception) else HotswapError(str(error))
+                )
+                done.set_exception(error)
+                return
+            with self._placement.acting():
+                self._placement.keep_host_copy(ref)
+            done.set_result(None)
+
+        fetched.add_done_callback(note)
+        return self._described(ref, done)
+
+    def pin(self, name: str, version: int | None) -> Future[AdapterInfo]:
+        """Bring a version to the device and keep it there until `unpin`. It stays that version.
+
+        Raises:
+            CapacityError: it would take the last slot of its method that others can have.
+            AdapterInUseError: it is being unloaded.
+        """
+        ref = self._store.resolve(name, version)
+        loaded = _promise()
+        placement = self._placement
+        with placement.acting():
+            resident = placement.residents.get(ref)
+            if resident is not None and resident.leaving:
+                raise AdapterInUseError(f"{ref} is being unloaded; retry when it is gone", adapter=name)
+            slots = self._banks[ref.method].num_slots
+            pinned = placement.num_pinned(ref.method)
+            if (resident is None or not resident.pinned) and pinned + 1 >= slots:
+                raise CapacityError(
+                    f"{ref}: {pinned} of {slots} {ref.method} slots are pinned, and one must be left for the "
+                    "others; unpin one, or start the server with more --adapter-slots"
+                )
+            placement.bring(ref, pinned=True, loaded=loaded)
+        return self._described(ref, loaded)
+
+    def unpin(self, name: str, version: int | None) -> Sequence[AdapterInfo]:
+        """Let a version, or all of a name, be evicted again. Gives those that were pinned."""
+        with self._placement.acting():
+            unpinned = [r for r in self._placement.matching(name, version) if r.pinned]
+            for resident in unpinned:
+                self._placement.unpin(resident)
+        return [self._info(resident.ref) for resident in unpinned]
+
+    def in_memory(self, name: str, version: int | None) -> Sequence[AdapterInfo]:
+        """The versions of a name that are in host or device memory, ascending; the store is not asked."""
+        with self._placement.lock:
+            refs = {resident.ref for resident in self._placement.matching(name, version)}
+            refs |= self._host_copies(name, version)
+            infos = [self._info(ref) for ref in refs]
+        found = [info for info in infos if info.residency is not Residency.STORE]
+        return sorted(found, key=lambda info: info.ref.version)
 
     def unload(self, name: str, version: int | None, *, in_use: InUse) -> Future[int]:
         """Take a version, or all of a name, from device and host.
 
-        The future gives the number of versions that were in memory.
+        The future gives the number of versions that were in memory. Requests that wait for one of them are
+        not its users: they have it loaded anew, unless `in_use` is CANCEL.
 
         Raises:
-            AdapterInUseError: requests use it and `in_use` is REFUSE.
+            AdapterInUseError: requests use it and `in_use` is REFUSE, or it is pinned.
         """
         done: Future[int] = Future()
         done.set_running_or_notify_cancel()
         placement = self._placement
-        with placement.lock:
-            leaving = [
-                resident
-                for resident in placement.residents.values()
-                if resident.ref.name == name and version in (None, resident.ref.version)
-            ]
+        with placement.acting():
+            leaving = placement.matching(name, version)
+            if any(resident.pinned for resident in leaving):
+                raise AdapterInUseError(f"{name} is pinned; unpin it first", adapter=name)
             users = sum(resident.users for resident in leaving)
             if users and in_use is InUse.REFUSE:
                 raise AdapterInUseError(
                     f"{users} running requests use {name}; wait for them, or set in_use to wait or cancel",
                     adapter=name,
                 )
-            host_only = self._drop_host_copies(name, version, {resident.ref for resident in leaving})
+            host_only = self._host_copies(name, version) - {resident.ref for resident in leaving}
+            for ref in host_only:
+                placement.drop_host_copy(ref)
             parts: list[Future[None]] = []
-            waited_for: list[AdapterRef] = []
+            left_now = False
             for resident in leaving:
-                part: Future[None] = Future()
-                parts.append(part)
                 resident.leaving = True
+                parts.append(part := _promise())
                 resident.on_left.append(part)
-                if resident.users == 0 and resident.state is not State.LOADING:
+                if resident.users == 0 and resident.state not in (State.FETCHING, State.PLACING):
+                    left_now = True
                     placement.leave(resident)
-                else:
-                    waited_for.append(resident.ref)
+                    placement.advance(resident.ref.method)
         # Without the lock: the engine takes its own first, and this one when it lets go of a slot.
-        for ref in waited_for if in_use is InUse.CANCEL else []:
-            self.cancel_users(ref)
+        for resident in leaving if in_use is InUse.CANCEL else []:
+            self.cancel_users(resident.ref)
         if not parts:
-            done.set_result(host_only)
+            done.set_result(len(host_only))
         remaining = itertools.count(len(parts) - 1, -1)
 
         def one_left(_: Future[None]) -> None:
             if next(remaining) == 0:
-                done.set_result(len(parts) + host_only)
+                done.set_result(len(parts) + len(host_only))
 
         for part in parts:
             part.add_done_callback(one_left)
-        if len(waited_for) < len(parts):
+        if left_now:
             # What the engine keeps for a version that has left, it can let go of.
             self.on_change()
         return done
 
-    def _drop_host_copies(self, name: str, version: int | None, kept: set[AdapterRef]) -> int:
-        """Forget versions that are in host memory alone; with the lock held."""
-        copies = self._placement.host_copies
-        dropped = 0
-        for ref in [ref for ref in copies if ref.name == name and version in (None, ref.version)]:
-            copies.discard(ref)
-            if ref not in kept:
-                dropped += self._cache.remove(ref.digest)
-        return dropped
+    def _host_copies(self, name: str, version: int | None) -> set[AdapterRef]:
+        copies = chain.from_iterable(self._placement.host_copies.values())
+        return {ref for ref in copies if ref.name == name and version in (None, ref.version)}
 
     def _described(self, ref: AdapterRef, done: Future[None]) -> Future[AdapterInfo]:
         """Where `ref` is once `done` is, or what that failed with."""
@@ -211,19 +266,26 @@ class AdapterManager:
     def _info(self, ref: AdapterRef) -> AdapterInfo:
         with self._placement.lock:
             resident = self._placement.residents.get(ref)
-            adapter: Any = None if resident is None else resident.adapter
-            residency = Residency.STORE if adapter is None else Residency.DEVICE
-            if adapter is None:
-                adapter = self._cache.get(ref.digest)
-                residency = Residency.STORE if adapter is None else Residency.HOST
-            failed = resident is not None and resident.state is State.FAILED
-            return AdapterInfo(
-                ref=ref,
-                residency=residency,
-                nbytes=0 if adapter is None else adapter.nbytes,
-                num_parameters=0 if adapter is None else adapter.num_parameters,
-                pinned=False,
-                running=0 if resident is None else resident.users,
-                details={} if adapter is None else adapter.details,
-                error=str(resident.error) if resident is not None and failed else None,
-            )
+            ready = resident is not None and resident.state is State.READY
+            facts = resident.facts if resident is not None and ready else None
+            residency = Residency.DEVICE if ready else Residency.STORE
+            error = None if resident is None else resident.error
+            if facts is None and (adapter := self._cache.peek(ref.digest)) is not None:
+                facts, residency = Facts.of(adapter), Residency.HOST
+        error = error or self._loader.failure(ref.digest)
+        return AdapterInfo(
+            ref=ref,
+            residency=residency,
+            nbytes=0 if facts is None else facts.nbytes,
+            num_parameters=0 if facts is None else facts.num_parameters,
+            pinned=resident is not None and resident.pinned,
+            running=0 if resident is None else resident.users,
+            details={} if facts is None else facts.details,
+            error=None if error is None else str(error),
+        )
+
+
+def _promise() -> Future[None]:
+    promise: Future[None] = Future()
+    promise.set_running_or_notify_cancel()
+    return promise

@@ -1,4 +1,4 @@
-"""An adapter's way to the device: which version sits in which slot, who uses it, and what leaves for it."""
+"""An adapter's way from the store over host memory to a slot, and out again."""
 
 from __future__ import annotations
 
@@ -6,55 +6,42 @@ import itertools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from enum import StrEnum
+from contextlib import contextmanager, suppress
 
 import structlog
+import torch
 
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import AdapterBank, ClearableBank, MethodAdapter
-from hotswap_server.adapters.residency import AdapterObserver
+from hotswap_server.adapters.residency import AdapterObserver, LoadRecord, Residency
+from hotswap_server.adapters.slots import PATIENCE, Facts, Resident, Slots, State
 from hotswap_server.core import AdapterRef
-from hotswap_server.errors import CapacityError, HotswapError
+from hotswap_server.errors import (
+    AdapterInUseError,
+    AdapterUnloadedError,
+    CapacityError,
+    DrainingError,
+    HotswapError,
+)
 
-_FAILURE_KEPT_S = 5.0
+_FAILURE_SHARED_S = 1.0
 
 _log = structlog.get_logger(__name__)
 
 
-class State(StrEnum):
-    """How far a version has come."""
-
-    LOADING = "loading"
-    READY = "ready"
-    FAILED = "failed"
-
-
-@dataclass(slots=True, eq=False)
-class Resident:
-    """A version that has, or had, a claim on a slot."""
-
-    ref: AdapterRef
-    slot: int
-    state: State = State.LOADING
-    users: int = 0
-    last_used: int = 0
-    leaving: bool = False  # unloaded: nobody new may use it
-    error: HotswapError | None = None
-    since: float = field(default_factory=time.monotonic)
-    adapter: MethodAdapter | None = None
-    on_loaded: list[Future[None]] = field(default_factory=list)
-    on_left: list[Future[None]] = field(default_factory=list)
-
-
 class Placement:
-    """The slots of all methods. A version is known by its digest; loading runs on the loader's threads.
+    """The slots of all methods. A version is known by its digest; nothing here waits.
 
-    `changed` is called, on any thread, when something that a waiting request needs may be there. What says so
-    is called with `lock` held.
+    A version is read into host memory first and takes a slot only then, so a slow store keeps none occupied.
+    Adapters wait for slots in the order in which they came to host memory. What gives way is the least
+    recently used one that no request has or waits for; where all are used again and again, one of them is
+    closed to new requests until its slot is free.
+
+    `changed` is called, on any thread and without the lock, when something that a request waits for may be
+    there. Methods whose names begin with an underscore, and those that say so, need the lock.
     """
 
     def __init__(
@@ -62,7 +49,7 @@ class Placement:
         banks: Mapping[str, AdapterBank],
         cache: HostCache[MethodAdapter],
         loader: Loader[MethodAdapter],
-        observer: AdapterObserver | None,
+        observer: AdapterObserver,
         changed: Callable[[], None],
     ) -> None:
         self._banks = banks
@@ -70,158 +57,356 @@ class Placement:
         self._loader = loader
         self._observer = observer
         self._changed = changed
-        self._free = {name: list(range(bank.num_slots))[::-1] for name, bank in banks.items()}
+        self._slots = {name: Slots(bank.num_slots) for name, bank in banks.items()}
         self._copier = ThreadPoolExecutor(1, thread_name_prefix="adapter-copier")
+        self._closed = False
         self._clock = itertools.count(1)
         self._wanted: Counter[AdapterRef] = Counter()  # requests that have no slot yet
+        self._num_fetching = 0
+        self._held_bytes = 0  # of adapters between host memory and a slot
+        self._mean_bytes = 0.0
+        self._later: list[Callable[[], None]] = []
         self.residents: dict[AdapterRef, Resident] = {}
-        self.host_copies: set[AdapterRef] = set()  # loaded once, and perhaps still in the cache
+        self.host_copies: dict[str, set[AdapterRef]] = {}
+        """What lies in the host cache, by digest."""
         self.lock = threading.RLock()
+        cache.on_evict = self._evicted_from_host
 
     def close(self) -> None:
-        """End the copying; the loader must have ended."""
+        """End the copying, failing who waits for it; the loader must have ended."""
         self._copier.shutdown(wait=True)
+        with self.acting():
+            self._closed = True
+            for resident in list(self.residents.values()):
+                self._promise(resident, DrainingError("the server is shutting down and loads no adapters"))
 
-    # What the engine's scheduler asks, see `AdapterResidency`; never blocks.
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """With the lock; what others must be told of it they are told afterwards. Does not nest."""
+        later: list[Callable[[], None]] = []
+        try:
+            with self.lock:
+                try:
+                    yield
+                    self._fetch()
+                finally:
+                    later, self._later = self._later, []
+        finally:
+            for tell in later:
+                try:
+                    tell()
+                except Exception:
+                    _log.exception("observer_failed")
+
+    # What the engine's scheduler asks, see `AdapterResidency`.
 
     def expect(self, ref: AdapterRef) -> None:
-        with self.lock:
+        with self.acting():
             self._wanted[ref] += 1
             self.bring(ref)
 
     def forget(self, ref: AdapterRef) -> None:
-        with self.lock:
+        with self.acting():
             self._unwant(ref)
+            resident = self.residents.get(ref)
+            if resident is not None and not self._is_needed(resident):
+                if resident.state in (State.QUEUED, State.WAITING, State.FAILED):
+                    self.leave(resident)
+                self.advance(ref.method)
 
     def try_acquire(self, ref: AdapterRef) -> int | None:
         with self.lock:
-            resident = self.bring(ref)
-            if resident is None or resident.leaving or resident.state is State.LOADING:
-                return None
+            resident = self.residents.get(ref)
+            if resident is None:  # nobody expected it
+                raise KeyError(ref)
             if resident.state is State.FAILED:
-                del self.residents[ref]
                 raise resident.error or CapacityError(f"{ref} could not be loaded")
-            resident.users += 1
-            resident.last_used = next(self._clock)
-            self._unwant(ref)
-            return resident.slot
+            if resident.state is State.READY and not resident.leaving and not resident.yielding:
+                resident.users += 1
+                resident.used = True
+                resident.last_used = next(self._clock)
+                self._unwant(ref)
+                return resident.slot
+            if resident.state is not State.WAITING:
+                return None
+            resident.asked += 1
+            if resident.asked % PATIENCE:
+                return None
+        with self.acting():
+            self.advance(ref.method)
+        return None
 
     def release(self, ref: AdapterRef) -> None:
-        with self.lock:
+        with self.acting():
             resident = self.residents[ref]
             resident.users -= 1
-            idle = resident.users == 0
-            if idle and resident.leaving:
-                self.leave(resident)
-        if idle:
-            # A slot may be free for somebody who waits for one.
-            self._changed()
+            if resident.users == 0:
+                if resident.leaving or resident.yielding:
+                    self.leave(resident)
+                self.advance(ref.method)
+                self._later.append(self._changed)
 
-    def bring(self, ref: AdapterRef) -> Resident | None:
-        """The entry of `ref`, whose load is begun if it has none; None when every slot is in use.
+    # What the manager asks, holding the lock.
 
-        With the lock held.
-        """
+    def bring(self, ref: AdapterRef, *, pinned: bool = False, loaded: Future[None] | None = None) -> Resident:
+        """The entry of `ref`, whose way is begun if it is on none. `loaded` is settled once it has a slot."""
         resident = self.residents.get(ref)
         if resident is not None and resident.state is State.FAILED:
-            if time.monotonic() - resident.since < _FAILURE_KEPT_S:
-                return resident
-            del self.residents[ref]
-            resident = None
-        if resident is not None:
-            return resident
-        slot = self._take_slot(ref.method)
-        if slot is None:
-            return None
-        resident = self.residents[ref] = Resident(ref, slot)
-        entry = resident
-        # Never on the calling thread, where a cached adapter's future would call back at once.
-        self._loader.load(ref).add_done_callback(
-            lambda future: self._copier.submit(self._loaded, entry, future)
-        )
+            # Those that wait share a failure; who comes later asks the loader, which remembers lasting ones.
+            old = time.monotonic() - resident.since > _FAILURE_SHARED_S
+            resident = None if old or loaded is not None else resident
+        begun = resident is None
+        if resident is None:
+            resident = self.residents[ref] = Resident(ref)
+        if pinned:
+            resident.pinned, resident.yielding = True, False
+        if loaded is not None:
+            resident.on_loaded.append(loaded)
+        if begun:
+            self._begin(resident)
+        elif resident.state is State.READY:
+            self._promise(resident, None)
+        if pinned or loaded is not None:
+            self.advance(ref.method)
         return resident
 
     def leave(self, resident: Resident) -> None:
-        """Forget a version without users; with the lock held."""
-        del self.residents[resident.ref]
-        if resident.state is State.READY:
-            bank = self._banks[resident.ref.method]
-            if isinstance(bank, ClearableBank):
-                bank.clear(resident.slot)
-            self._free[resident.ref.method].append(resident.slot)
-            if self._observer is not None:
-                self._observer.evicted(resident.ref)
+        """Forget a version that no request has and that no thread works on."""
+        ref = resident.ref
+        if self.residents.get(ref) is resident:
+            del self.residents[ref]
+        self._slots[ref.method].queue.pop(ref, None)
+        self._slots[ref.method].line.pop(ref, None)
+        self._let_go(resident)
+        if resident.slot is not None:
+            self._empty(resident)
+            self._later.append(lambda: self._observer.evicted(ref, Residency.DEVICE))
+        self._promise(resident, AdapterUnloadedError(f"{ref} was unloaded before it was loaded"))
         if resident.on_left:
-            self._cache.remove(resident.ref.digest)
-            self._loader.forget_failure(resident.ref.digest)
-        for promise in resident.on_left:
-            promise.set_result(None)
+            self.drop_host_copy(ref)
+            self._loader.forget_failure(ref.digest)
+            for promise in resident.on_left:
+                self._later.append(lambda promise=promise: promise.set_result(None))  # type: ignore[misc]
+        if self._wanted[ref]:
+            self.bring(ref)
+
+    def advance(self, method: str) -> None:
+        """Give slots to who is first in line, from those that are free or used by nobody."""
+        slots = self._slots[method]
+        while slots.line:
+            first = next(iter(slots.line.values()))
+            if slots.take(first):
+                del slots.line[first.ref]
+                first.state = State.PLACING
+                self._submit(self._place, first)
+                continue
+            victim = slots.least_recent(lambda ref: self._wanted[ref] > 0) or slots.make_way()
+            if victim is None:
+                return
+            self.leave(victim)
+        slots.make_way()
+
+    def drop_host_copy(self, ref: AdapterRef) -> bool:
+        """Let go of the copy in host memory, unless the same content has another name there, or is used."""
+        names = self.host_copies.get(ref.digest, set())
+        if ref not in names:
+            return False
+        names.discard(ref)
+        if not names:
+            del self.host_copies[ref.digest]
+            with suppress(AdapterInUseError):
+                self._cache.remove(ref.digest)
+        return True
+
+    def keep_host_copy(self, ref: AdapterRef) -> None:
+        """Note that `ref` was brought to host memory."""
+        if ref.digest in self._cache:
+            self.host_copies.setdefault(ref.digest, set()).add(ref)
+
+    def matching(self, name: str, version: int | None) -> list[Resident]:
+        """The entries of a version, or of all of a name, failed ones left out."""
+        return [
+            resident
+            for resident in self.residents.values()
+            if resident.ref.name == name
+            and version in (None, resident.ref.version)
+            and resident.state is not State.FAILED
+        ]
+
+    def unpin(self, resident: Resident) -> None:
+        resident.pinned = False
+        if resident.state in (State.QUEUED, State.WAITING) and not self._is_needed(resident):
+            self.leave(resident)
+        self.advance(resident.ref.method)
+
+    def num_pinned(self, method: str) -> int:
+        return sum(resident.pinned for resident in self.residents.values() if resident.ref.method == method)
+
+    # What anyone may ask.
 
     def slot_counts(self) -> dict[str, tuple[int, int]]:
         """Slots taken and in all, by method."""
         with self.lock:
-            return {
-                name: (bank.num_slots - len(self._free[name]), bank.num_slots)
-                for name, bank in self._banks.items()
-            }
+            return {name: (slots.num_held, slots.num_slots) for name, slots in self._slots.items()}
+
+    def counts(self, method: str) -> tuple[int, int]:
+        """Versions that are pinned, and those that are on their way to a slot."""
+        with self.lock:
+            underway = sum(
+                resident.ref.method == method and resident.state not in (State.READY, State.FAILED)
+                for resident in self.residents.values()
+            )
+            return self.num_pinned(method), underway
 
     def users(self) -> int:
         """Requests that hold a slot now."""
         with self.lock:
             return sum(resident.users for resident in self.residents.values())
 
+    # The way to a slot.
+
+    def _begin(self, resident: Resident) -> None:
+        if not self._line_up_cached(resident):
+            self._slots[resident.ref.method].queue[resident.ref] = resident
+
+    def _fetch(self) -> None:
+        """Ask the loader for what is queued, while what waits for slots leaves room in host memory."""
+        for slots in self._slots.values():
+            while slots.queue:
+                expected = self._held_bytes + (self._num_fetching + 1) * self._mean_bytes
+                if expected > self._cache.budget_bytes / 2 and (slots.line or self._num_fetching > 1):
+                    break
+                _, resident = slots.queue.popitem(last=False)
+                if self._line_up_cached(resident):
+                    continue
+                resident.state = State.FETCHING
+                self._num_fetching += 1
+                # Never on the calling thread, where a future that is done would call back at once.
+                self._loader.load(resident.ref).add_done_callback(
+                    lambda future, resident=resident: self._submit(self._fetched, resident, future)  # type: ignore[misc]
+                )
+
+    def _fetched(self, resident: Resident, future: Future[MethodAdapter]) -> None:
+        error = future.exception()
+        with self.acting():
+            self._num_fetching -= 1
+            if error is not None:
+                self._fail(resident, error)
+            else:
+                adapter = future.result()
+                self.keep_host_copy(resident.ref)
+                self._mean_bytes += (adapter.nbytes - self._mean_bytes) / 8
+                if resident.leaving or not self._is_needed(resident):
+                    self.leave(resident)
+                else:
+                    self._line_up(resident, adapter)
+
+    def _line_up_cached(self, resident: Resident) -> bool:
+        """Line up what is in host memory already."""
+        digest = resident.ref.digest
+        adapter = self._cache.get(digest) if digest in self._cache else None
+        if adapter is not None:
+            self._line_up(resident, adapter)
+        return adapter is not None
+
+    def _line_up(self, resident: Resident, adapter: MethodAdapter) -> None:
+        self.keep_host_copy(resident.ref)
+        resident.state, resident.adapter = State.WAITING, adapter
+        resident.facts = Facts.of(adapter)
+        resident.leased = self._cache.pin(resident.ref.digest) is not None
+        resident.waiting_since = time.monotonic()
+        self._held_bytes += adapter.nbytes
+        self._slots[resident.ref.method].line[resident.ref] = resident
+        self.advance(resident.ref.method)
+
+    def _place(self, resident: Resident) -> None:
+        """On the copying thread. The slot is this adapter's alone, so the bank is filled outside the lock."""
+        began = time.monotonic()
+        error: Exception | None = None
+        try:
+            self._banks[resident.ref.method].put(resident.slot or 0, resident.adapter)
+        except torch.OutOfMemoryError:
+            error = CapacityError(
+                f"{resident.ref} does not fit into the device's memory; start the server with fewer "
+                "--adapter-slots, or a smaller --max-lora-rank"
+            )
+        except Exception as failure:
+            error = failure
+        with self.acting():
+            self._let_go(resident)
+            if error is not None:
+                self._empty(resident)
+                self._fail(resident, error)
+            else:
+                resident.state = State.READY
+                resident.last_used = next(self._clock)
+                self._promise(resident, None)
+                now = time.monotonic()
+                record = LoadRecord(resident.ref, now - resident.since, began - resident.waiting_since)
+                self._later.append(lambda: self._observer.loaded(record))
+                if resident.leaving:
+                    self.leave(resident)
+            self.advance(resident.ref.method)
+            self._later.append(self._changed)
+
+    def _fail(self, resident: Resident, error: BaseException) -> None:
+        ref = resident.ref
+        if not isinstance(error, HotswapError):
+            _log.error("adapter_not_loaded", adapter=str(ref), exc_info=error)
+            error = HotswapError(f"{ref} could not be loaded: {type(error).__name__}")
+        failure = error
+        resident.state, resident.error, resident.since = State.FAILED, failure, time.monotonic()
+        resident.pinned = False
+        self._promise(resident, failure)
+        self._later += [lambda: self._observer.failed(ref, failure), self._changed]
+        if resident.leaving or not self._wanted[ref]:
+            self.leave(resident)
+
+    def _let_go(self, resident: Resident) -> None:
+        """Of the copy in host memory, which it needs no longer."""
+        if resident.adapter is not None:
+            self._held_bytes -= resident.adapter.nbytes
+            resident.adapter = None
+        if resident.leased:
+            self._cache.unpin(resident.ref.digest)
+            resident.leased = False
+
+    def _empty(self, resident: Resident) -> None:
+        bank = self._banks[resident.ref.method]
+        if isinstance(bank, ClearableBank) and resident.slot is not None:
+            bank.clear(resident.slot)
+        self._slots[resident.ref.method].give_back(resident)
+
+    def _promise(self, resident: Resident, error: HotswapError | None) -> None:
+        """Settle the promises of who waits for it to be loaded."""
+        promises, resident.on_loaded = resident.on_loaded, []
+        for promise in promises:
+            if error is None:
+                self._later.append(lambda promise=promise: promise.set_result(None))  # type: ignore[misc]
+            else:
+                self._later.append(lambda promise=promise: promise.set_exception(error))  # type: ignore[misc]
+
+    def _is_needed(self, resident: Resident) -> bool:
+        return self._wanted[resident.ref] > 0 or bool(resident.on_loaded) or resident.pinned
+
     def _unwant(self, ref: AdapterRef) -> None:
         self._wanted[ref] -= 1
         if self._wanted[ref] <= 0:
             del self._wanted[ref]
 
-    def _take_slot(self, method: str) -> int | None:
-        free = self._free[method]
-        if not free:
-            idle = [
-                resident
-                for resident in self.residents.values()
-                if resident.ref.method == method and resident.users == 0 and resident.state is State.READY
-            ]
-            if not idle:
-                return None
-            self.leave(min(idle, key=lambda resident: resident.last_used))
-        return free.pop()
-
-    def _loaded(self, resident: Resident, future: Future[MethodAdapter]) -> None:
-        """On the copying thread. The slot is this adapter's alone, so the bank is filled outside the lock."""
-        error: HotswapError | None = None
-        try:
-            adapter = future.result()
-            self._banks[resident.ref.method].put(resident.slot, adapter)
-        except HotswapError as failure:
-            error = failure
-        except Exception as failure:
-            _log.exception("adapter_not_loaded", adapter=str(resident.ref))
-            error = HotswapError(f"{resident.ref} could not be loaded: {type(failure).__name__}")
-        seconds = time.monotonic() - resident.since
+    def _evicted_from_host(self, digest: str) -> None:
+        """The host cache's callback, which holds none of its locks."""
         with self.lock:
-            resident.since = time.monotonic()
-            resident.last_used = next(self._clock)
-            if error is None:
-                resident.state, resident.adapter = State.READY, adapter
-                self.host_copies = {ref for ref in self.host_copies if ref.digest in self._cache} | {
-                    resident.ref
-                }
-            else:
-                resident.state, resident.error = State.FAILED, error
-                self._free[resident.ref.method].append(resident.slot)
-            waiting, resident.on_loaded = resident.on_loaded, []
-            if resident.leaving:
-                self.leave(resident)
-        if self._observer is not None:
-            if error is None:
-                self._observer.loaded(resident.ref, seconds)
-            else:
-                self._observer.failed(resident.ref, error)
-        for promise in waiting:
-            if error is None:
-                promise.set_result(None)
-            else:
-                promise.set_exception(error)
-        self._changed()
+            names = set() if digest in self._cache else self.host_copies.pop(digest, set())
+        for ref in sorted(names, key=str)[:1]:
+            self._observer.evicted(ref, Residency.HOST)
+
+    def _submit(self, call: Callable[..., None], *args: object) -> None:
+        def guarded() -> None:
+            try:
+                call(*args)
+            except Exception:
+                _log.exception("placement_failed")
+
+        if not self._closed:
+            self._copier.submit(guarded)

@@ -40,11 +40,41 @@ class InUse(Enum):
     CANCEL = auto()
 
 
+@dataclass(frozen=True, slots=True)
+class LoadRecord:
+    """One adapter that has come to the device, `seconds` after it was first asked for.
+
+    `slot_seconds` of them it lay in host memory and waited for a slot.
+    """
+
+    ref: AdapterRef
+    seconds: float
+    slot_seconds: float
+
+
 class AdapterObserver(Protocol):
     """Called as adapters move; must be quick."""
 
-    def loaded(self, ref: AdapterRef, seconds: float) -> None: ...
+    def loaded(self, record: LoadRecord) -> None: ...
 
-    def evicted(self, ref: AdapterRef) -> None: ...
+    def retried(self, ref: AdapterRef, error: Exception) -> None:
+        """The store failed and is asked again."""
+        ...
 
     def failed(self, ref: AdapterRef, error: Exception) -> None: ...
+
+    def evicted(self, ref: AdapterRef, tier: Residency) -> None:
+        """It left host memory or the device, by an unload too."""
+        ...
+
+
+class NullAdapterObserver:
+    """Measures nothing."""
+
+    def loaded(self, record: LoadRecord) -> None: ...
+
+    def retried(self, ref: AdapterRef, error: Exception) -> None: ...
+
+    def failed(self, ref: AdapterRef, error: Exception) -> None: ...
+
+    def evicted(self, ref: AdapterRef, tier: Residency) -> None: ...
