@@ -16,6 +16,7 @@ from hotswap_client._results import (
     AdapterTransition,
     GenerateResult,
     InUsePolicy,
+    Residency,
     ScoreResult,
     StreamDelta,
     TokenizeResult,
@@ -162,9 +163,11 @@ class AsyncAdapters:
         """One version of an adapter, by default the newest."""
         return await self._client._run(_calls.show(name, **options))
 
-    async def load(self, name: str, **options: Unpack[AdapterOptions]) -> AdapterTransition:
-        """Bring a version, by default the newest, to the device."""
-        return await self._client._run(_calls.load(name, **options))
+    async def load(
+        self, name: str, *, to: Residency | str = Residency.DEVICE, **options: Unpack[AdapterOptions]
+    ) -> AdapterTransition:
+        """Bring a version, by default the newest, to the device, or to host memory alone."""
+        return await self._client._run(_calls.load(name, to, **options))
 
     async def unload(
         self, name: str, *, in_use: InUsePolicy | str = InUsePolicy.REFUSE, **options: Unpack[AdapterOptions]

@@ -17,6 +17,7 @@ from hotswap_client._results import (
     AdapterTransition,
     GenerateResult,
     InUsePolicy,
+    Residency,
     ScoreResult,
     StreamDelta,
     TokenizeResult,
@@ -207,9 +208,13 @@ def show(name: str, *, version: int | None = None, timeout: Timeout = Default.CL
 
 
 def load(
-    name: str, *, version: int | None = None, timeout: Timeout = Default.CLIENT
+    name: str, to: Residency | str, *, version: int | None = None, timeout: Timeout = Default.CLIENT
 ) -> Call[AdapterTransition]:
+    if to not in (Residency.DEVICE, Residency.HOST):
+        raise InvalidCall("to", f"must be device or host, got {to!r}")
     request = _set(adapters_pb2.LoadAdapterRequest(), "", name=name, version=version)
+    if to == Residency.HOST:
+        request.residency = adapters_pb2.RESIDENCY_HOST
     return _admin("Load", request, adapters_pb2.LoadAdapterResponse, _parsing.loaded, timeout)
 
 

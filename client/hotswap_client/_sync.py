@@ -15,6 +15,7 @@ from hotswap_client._results import (
     AdapterTransition,
     GenerateResult,
     InUsePolicy,
+    Residency,
     ScoreResult,
     StreamDelta,
     TokenizeResult,
@@ -164,9 +165,11 @@ class Adapters:
         """One version of an adapter, by default the newest."""
         return self._client._run(_calls.show(name, **options))
 
-    def load(self, name: str, **options: Unpack[AdapterOptions]) -> AdapterTransition:
-        """Bring a version, by default the newest, to the device."""
-        return self._client._run(_calls.load(name, **options))
+    def load(
+        self, name: str, *, to: Residency | str = Residency.DEVICE, **options: Unpack[AdapterOptions]
+    ) -> AdapterTransition:
+        """Bring a version, by default the newest, to the device, or to host memory alone."""
+        return self._client._run(_calls.load(name, to, **options))
 
     def unload(
         self, name: str, *, in_use: InUsePolicy | str = InUsePolicy.REFUSE, **options: Unpack[AdapterOptions]

@@ -176,6 +176,14 @@ def test_admin_calls(fake, run, verb, request_type, seconds):
 
 
 @both
+def test_load_to_host_memory(fake, run):
+    run(fake.target, lambda client: client.adapters.load("acme/support", to="host"))
+    assert fake.requests[-1].residency == adapters_pb2.RESIDENCY_HOST
+    with pytest.raises(InvalidCall, match="must be device or host, got 'store'"):
+        run(fake.target, lambda client: client.adapters.load("acme/support", to="store"))
+
+
+@both
 def test_unload_and_unpin(fake, run):
     result = run(fake.target, lambda client: client.adapters.unload("acme/support", in_use="cancel"))
     assert fake.requests[-1].in_use == adapters_pb2.IN_USE_POLICY_CANCEL

@@ -103,6 +103,7 @@ def test_adapters_list(hotswap):
     ("arguments", "expected"),
     [
         (["load", "acme/support"], "acme/support@3 is on the device (0.250 s)"),
+        (["load", "acme/support", "--host"], "acme/support@3 is on the device (0.250 s)"),
         (["unload", "acme/support", "--in-use", "cancel"], "2 requests were cancelled"),
         (["pin", "acme/support"], "acme/support@3 is pinned"),
         (["unpin", "acme/support"], "acme/support@3 is no longer pinned"),

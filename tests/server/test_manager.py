@@ -4,6 +4,7 @@ import random
 import shutil
 import threading
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
@@ -13,7 +14,7 @@ from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.residency import InUse, Residency
 from hotswap_server.core import AdapterRef
-from hotswap_server.errors import AdapterInUseError, AdapterInvalidError, AdapterUnloadedError
+from hotswap_server.errors import AdapterInUseError, AdapterInvalidError, AdapterUnloadedError, CapacityError
 from support.adapters import write_lora
 from support.models import random_prompt
 from support.running import SOON_S, Recorder, Running, wait_until
@@ -293,3 +294,112 @@ def test_many_threads_loading_unloading_and_requesting(llama_base, tokenizer, st
         wait_until(lambda: all(info.running == 0 for info in running.adapters.list()))
         for name, tokens in expected.items():
             assert running.generate(PROMPT, f"acme/{name}", max_new_tokens=12).result().tokens == tokens
+
+
+def test_a_pinned_adapter_stays_and_counts_until_it_is_unpinned(manager):
+    assert manager.pin("acme/a", None).result(SOON_S).pinned
+    assert manager.pin("acme/b", None).result(SOON_S).residency is Residency.DEVICE
+    assert manager.pin("acme/b", 1).result(SOON_S).pinned, "twice is once"
+    with pytest.raises(CapacityError, match=r"2 of 3 lora slots are pinned.*unpin one"):
+        manager.pin("acme/c", None)
+    use(manager, "c", "d", "e", "c", "d")
+    assert set(evicted(manager)) == {"c", "d", "e"}
+    with pytest.raises(AdapterInUseError, match="acme/a is pinned; unpin it first"):
+        manager.unload("acme/a", None, in_use=InUse.CANCEL)
+    assert [info.ref.name for info in manager.unpin("acme/a", None)] == ["acme/a"]
+    assert manager.unpin("acme/a", None) == []
+    assert not manager.get("acme/a", None).pinned
+    use(manager, "c", "d", "e")
+    assert "a" in evicted(manager)
+    assert "b" not in evicted(manager)
+
+
+def test_a_pin_is_of_one_version(manager, store, sources):
+    manager.pin("acme/a", None).result(SOON_S)
+    shutil.copytree(sources[1], store / "acme" / "a" / "2")
+    assert not manager.get("acme/a", None).pinned
+    assert manager.get("acme/a", 1).pinned
+    manager.pin("acme/a", None).result(SOON_S)
+    assert [info.ref.version for info in manager.in_memory("acme/a", None)] == [1, 2]
+    shutil.rmtree(store / "acme" / "a")
+    assert [info.ref.version for info in manager.unpin("acme/a", None)] == [1, 2]
+
+
+def test_a_pin_that_fails_takes_nothing(manager, store):
+    weights = store / "acme" / "a" / "1" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(AdapterInvalidError, match="truncated"):
+        manager.pin("acme/a", None).result(SOON_S)
+    assert not manager.get("acme/a", None).pinned
+    assert "truncated" in str(manager.get("acme/a", None).error)
+    for name in "bc":
+        manager.pin(f"acme/{name}", None).result(SOON_S)
+
+
+def test_prefetch_takes_no_slot_and_spares_the_store(manager, store):
+    assert manager.prefetch("acme/a", None).result(SOON_S).residency is Residency.HOST
+    assert manager.slot_counts()["lora"] == (0, 3)
+    ref = manager.resolve("acme/a", None)
+    shutil.rmtree(store / "acme" / "a")
+    manager.expect(ref)
+    wait_until(lambda: manager.try_acquire(ref) is not None)
+    manager.release(ref)
+    assert manager.unload("acme/a", None, in_use=InUse.REFUSE).result(SOON_S) == 1
+
+
+def test_an_adapter_that_leaves_the_device_leaves_no_tensors_in_host_memory(llama_base, store, manager):
+    """Only the host cache keeps them, and that has a budget."""
+    nbytes = manager.load("acme/a", None).result(SOON_S).nbytes
+    small = AdapterManager(
+        AdapterManager.open_store(str(store)),
+        llama_base,
+        BankOptions(num_slots=3),
+        host_cache_bytes=2 * nbytes,
+    )
+    try:
+        for name in "abcde":
+            small.load(f"acme/{name}", None).result(SOON_S)
+        assert small._cache.stats.bytes == 2 * nbytes
+        assert small._cache.stats.leased_bytes == 0
+        where = {info.ref.name[-1]: info.residency for info in small.list()}
+        assert where == {"a": "store", "b": "store", "c": "device", "d": "device", "e": "device"}
+        assert all(resident.adapter is None for resident in small._placement.residents.values())
+    finally:
+        small.close()
+
+
+def test_requests_that_are_gone_leave_nothing_behind(manager):
+    """Neither those whose adapter is on its way nor those of broken ones."""
+    refs = [manager.resolve(f"acme/{name}", None) for name in "abcde"]
+    held = [acquire(manager, name)[0] for name in "abc"]
+    for ref in refs[3:] * 3:
+        manager.expect(ref)
+    wait_until(lambda: manager.get("acme/e", None).residency is Residency.HOST)
+    for ref in refs[3:] * 3:
+        manager.forget(ref)
+    wait_until(lambda: set(manager._placement.residents) == set(held))
+    assert manager._cache.stats.leased_bytes == 0
+    for ref in held:
+        manager.release(ref)
+    assert evicted(manager) == []
+
+
+def test_an_adapter_that_waits_is_not_overtaken_for_ever(manager):
+    """All slots have requests that overlap without an end: the next comes before the last one has gone."""
+    refs = [acquire(manager, name)[0] for name in "abc"]
+    users = Counter(refs)
+    waiting = manager.resolve("acme/d", None)
+    manager.expect(waiting)
+    for _ in range(200):
+        for ref in refs:
+            manager.expect(ref)
+            users[ref] += manager.try_acquire(ref) is not None
+            if users[ref]:
+                manager.release(ref)
+                users[ref] -= 1
+        if manager.try_acquire(waiting) is not None:
+            break
+        time.sleep(0.001)
+    else:
+        pytest.fail("it waited through 200 steps")
+    assert sum(ref in manager._placement.residents and users[ref] > 0 for ref in refs) == 2

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hotswap_client import Adapter, Client, InUsePolicy
+from hotswap_client import Adapter, Client, InUsePolicy, Residency
 from hotswap_client.cli._app import AdaptersGroup
 from hotswap_client.cli._connection import with_client
 from hotswap_client.cli._output import print_json
@@ -61,10 +61,18 @@ def show(client: Client, name: Name, version: Newest = None) -> None:
 
 @app.command()
 @with_client
-def load(client: Client, name: Name, version: Newest = None) -> None:
+def load(
+    client: Client,
+    name: Name,
+    version: Newest = None,
+    host: Annotated[
+        bool, typer.Option("--host", help="To host memory alone, where it takes no slot.")
+    ] = False,
+) -> None:
     """Bring an adapter to the device before a request needs it."""
-    moved = client.adapters.load(name, version=version)
-    typer.echo(f"{_label(moved.adapter)} is on the device ({moved.seconds:.3f} s)")
+    moved = client.adapters.load(name, to=Residency.HOST if host else Residency.DEVICE, version=version)
+    where = "in host memory" if moved.adapter.residency == Residency.HOST else "on the device"
+    typer.echo(f"{_label(moved.adapter)} is {where} ({moved.seconds:.3f} s)")
 
 
 @app.command()

@@ -293,19 +293,25 @@ class LoadAdapterRequest(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
+    RESIDENCY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`tenant/name`; required."""
     version: _builtins.int
     """1 or more. Absent: the newest."""
+    residency: Global___Residency.ValueType
+    """How near to bring it: RESIDENCY_DEVICE, which waits for a slot in its turn, or RESIDENCY_HOST. Absent: the
+    device.
+    """
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         version: _builtins.int | None = ...,
+        residency: Global___Residency.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "name", b"name", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "name", b"name", "residency", b"residency", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -325,7 +331,7 @@ class LoadAdapterResponse(_message.Message):
     """How long loading took, in seconds; 0 if it was there already."""
     @_builtins.property
     def adapter(self) -> Global___Adapter:
-        """The adapter, now on the device."""
+        """The adapter, now where it was to be brought, or nearer."""
 
     def __init__(
         self,

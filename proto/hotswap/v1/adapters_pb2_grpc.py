@@ -96,7 +96,7 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def LoadAdapter(self, request, context):
-        """Brings an adapter to the device before a request needs it; returns when it is there.
+        """Brings an adapter to the device, or to host memory, before a request needs it; returns when it is there.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -110,14 +110,15 @@ class AdapterServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def PinAdapter(self, request, context):
-        """Loads an adapter and keeps it on the device until it is unpinned.
+        """Loads an adapter and keeps it on the device until it is unpinned. It stays this version when a newer one is
+        published. One slot of each method cannot be pinned, so that the others can be served.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnpinAdapter(self, request, context):
-        """Lets an adapter be evicted again.
+        """Lets an adapter be evicted again; what the store holds does not matter.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -42,13 +42,15 @@ class AdapterServiceStub:
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     """Describes one version of an adapter."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
-    """Brings an adapter to the device before a request needs it; returns when it is there."""
+    """Brings an adapter to the device, or to host memory, before a request needs it; returns when it is there."""
     UnloadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]
     """Removes an adapter from device and host memory; the store keeps it, and a later request loads it again."""
     PinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]
-    """Loads an adapter and keeps it on the device until it is unpinned."""
+    """Loads an adapter and keeps it on the device until it is unpinned. It stays this version when a newer one is
+    published. One slot of each method cannot be pinned, so that the others can be served.
+    """
     UnpinAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.UnpinAdapterResponse]
-    """Lets an adapter be evicted again."""
+    """Lets an adapter be evicted again; what the store holds does not matter."""
     MergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.MergeAdapterRequest, _adapters_pb2.MergeAdapterResponse]
     """Adds a LoRA into the base weights, so that its requests cost what the base's do."""
     UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnmergeAdapterRequest, _adapters_pb2.UnmergeAdapterResponse]
@@ -64,13 +66,15 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one version of an adapter."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
-    """Brings an adapter to the device before a request needs it; returns when it is there."""
+    """Brings an adapter to the device, or to host memory, before a request needs it; returns when it is there."""
     UnloadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnloadAdapterRequest, _adapters_pb2.UnloadAdapterResponse]  # type: ignore[assignment]
     """Removes an adapter from device and host memory; the store keeps it, and a later request loads it again."""
     PinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.PinAdapterRequest, _adapters_pb2.PinAdapterResponse]  # type: ignore[assignment]
-    """Loads an adapter and keeps it on the device until it is unpinned."""
+    """Loads an adapter and keeps it on the device until it is unpinned. It stays this version when a newer one is
+    published. One slot of each method cannot be pinned, so that the others can be served.
+    """
     UnpinAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnpinAdapterRequest, _adapters_pb2.UnpinAdapterResponse]  # type: ignore[assignment]
-    """Lets an adapter be evicted again."""
+    """Lets an adapter be evicted again; what the store holds does not matter."""
     MergeAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.MergeAdapterRequest, _adapters_pb2.MergeAdapterResponse]  # type: ignore[assignment]
     """Adds a LoRA into the base weights, so that its requests cost what the base's do."""
     UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnmergeAdapterRequest, _adapters_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
@@ -101,7 +105,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.LoadAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.LoadAdapterResponse, _abc.Awaitable[_adapters_pb2.LoadAdapterResponse]]:
-        """Brings an adapter to the device before a request needs it; returns when it is there."""
+        """Brings an adapter to the device, or to host memory, before a request needs it; returns when it is there."""
 
     @_abc_1.abstractmethod
     def UnloadAdapter(
@@ -117,7 +121,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.PinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.PinAdapterResponse, _abc.Awaitable[_adapters_pb2.PinAdapterResponse]]:
-        """Loads an adapter and keeps it on the device until it is unpinned."""
+        """Loads an adapter and keeps it on the device until it is unpinned. It stays this version when a newer one is
+        published. One slot of each method cannot be pinned, so that the others can be served.
+        """
 
     @_abc_1.abstractmethod
     def UnpinAdapter(
@@ -125,7 +131,7 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.UnpinAdapterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnpinAdapterResponse, _abc.Awaitable[_adapters_pb2.UnpinAdapterResponse]]:
-        """Lets an adapter be evicted again."""
+        """Lets an adapter be evicted again; what the store holds does not matter."""
 
     @_abc_1.abstractmethod
     def MergeAdapter(

@@ -115,7 +115,29 @@ class AdapterManager:
         return infos
 
     def get(self, name: str, version: int | None) -> AdapterInfo:
-        return self._info(self._store.resolve(name, version))
+        return self.describe(self._store.resolve(name, version))
+
+    def describe(self, ref: AdapterRef) -> AdapterInfo:
+        """Where a version is now; the store is not asked."""
+        with self._placement.lock:
+            resident = self._placement.residents.get(ref)
+            ready = resident is not None and resident.state is State.READY
+            facts = resident.facts if resident is not None and ready else None
+            residency = Residency.DEVICE if ready else Residency.STORE
+            error = None if resident is None else resident.error
+            if facts is None and (adapter := self._cache.peek(ref.digest)) is not None:
+                facts, residency = Facts.of(adapter), Residency.HOST
+        error = error or self._loader.failure(ref.digest)
+        return AdapterInfo(
+            ref=ref,
+            residency=residency,
+            nbytes=0 if facts is None else facts.nbytes,
+            num_parameters=0 if facts is None else facts.num_parameters,
+            pinned=resident is not None and resident.pinned,
+            running=0 if resident is None else resident.users,
+            details={} if facts is None else facts.details,
+            error=None if error is None else str(error),
+        )
 
     def load(self, name: str, version: int | None) -> Future[AdapterInfo]:
         """Bring a version to the device, without a request; it waits for a slot in its turn.
@@ -181,14 +203,14 @@ class AdapterManager:
             unpinned = [r for r in self._placement.matching(name, version) if r.pinned]
             for resident in unpinned:
                 self._placement.unpin(resident)
-        return [self._info(resident.ref) for resident in unpinned]
+        return [self.describe(resident.ref) for resident in unpinned]
 
     def in_memory(self, name: str, version: int | None) -> Sequence[AdapterInfo]:
         """The versions of a name that are in host or device memory, ascending; the store is not asked."""
         with self._placement.lock:
             refs = {resident.ref for resident in self._placement.matching(name, version)}
             refs |= self._host_copies(name, version)
-            infos = [self._info(ref) for ref in refs]
+            infos = [self.describe(ref) for ref in refs]
         found = [info for info in infos if info.residency is not Residency.STORE]
         return sorted(found, key=lambda info: info.ref.version)
 
@@ -258,31 +280,10 @@ class AdapterManager:
             if (error := done.exception()) is not None:
                 described.set_exception(error)
             else:
-                described.set_result(self._info(ref))
+                described.set_result(self.describe(ref))
 
         done.add_done_callback(describe)
         return described
-
-    def _info(self, ref: AdapterRef) -> AdapterInfo:
-        with self._placement.lock:
-            resident = self._placement.residents.get(ref)
-            ready = resident is not None and resident.state is State.READY
-            facts = resident.facts if resident is not None and ready else None
-            residency = Residency.DEVICE if ready else Residency.STORE
-            error = None if resident is None else resident.error
-            if facts is None and (adapter := self._cache.peek(ref.digest)) is not None:
-                facts, residency = Facts.of(adapter), Residency.HOST
-        error = error or self._loader.failure(ref.digest)
-        return AdapterInfo(
-            ref=ref,
-            residency=residency,
-            nbytes=0 if facts is None else facts.nbytes,
-            num_parameters=0 if facts is None else facts.num_parameters,
-            pinned=resident is not None and resident.pinned,
-            running=0 if resident is None else resident.users,
-            details={} if facts is None else facts.details,
-            error=None if error is None else str(error),
-        )
 
 
 def _promise() -> Future[None]:

@@ -27,7 +27,11 @@ MAX_PAGE_SIZE = 1000
 
 T = TypeVar("T")
 
-
+_BRINGABLE = (
+    adapters_pb2.RESIDENCY_UNSPECIFIED,
+    adapters_pb2.RESIDENCY_HOST,
+    adapters_pb2.RESIDENCY_DEVICE,
+)
 _IN_USE = {
     adapters_pb2.IN_USE_POLICY_UNSPECIFIED: InUse.REFUSE,
     adapters_pb2.IN_USE_POLICY_REFUSE: InUse.REFUSE,
@@ -75,9 +79,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         name, version = _named(request)
         before = await self._store.run(lambda: self._manager.get(name, version))
         _tell(before)
+        if request.residency not in _BRINGABLE:
+            raise InvalidRequestError("residency", "must be RESIDENCY_DEVICE or RESIDENCY_HOST, or absent")
+        to_host = request.residency == adapters_pb2.RESIDENCY_HOST
+        bring = self._manager.prefetch if to_host else self._manager.load
         started = time.monotonic()
+        if to_host and before.residency is not Residency.STORE:
+            return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(before))
         # By its number: a version that is published meanwhile is another one.
-        loaded = await self._future(lambda: self._manager.load(name, before.ref.version))
+        loaded = await self._future(lambda: bring(name, before.ref.version))
         seconds = 0.0 if before.residency is Residency.DEVICE else time.monotonic() - started
         return adapters_pb2.LoadAdapterResponse(adapter=convert.adapter(loaded), load_seconds=seconds)
 
@@ -89,25 +99,32 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if policy not in adapters_pb2.InUsePolicy.values():
             raise InvalidRequestError("in_use", f"must be a value of InUsePolicy, got {policy}")
         in_use = _IN_USE[policy]
-        resident = [info for info in await self._of(name, version) if info.residency is not Residency.STORE]
+        resident = self._manager.in_memory(name, version)
+        if not resident:
+            _tell(await self._store.run(lambda: self._manager.get(name, version)))  # or it is unknown
         running = sum(info.running for info in resident)
         await self._future(lambda: self._manager.unload(name, version, in_use=in_use))
-        versions = {info.ref.version for info in resident}
-        now = [info for info in await self._of(name, version) if info.ref.version in versions]
         return adapters_pb2.UnloadAdapterResponse(
-            adapters=[convert.adapter(info) for info in now],
+            adapters=[convert.adapter(self._manager.describe(info.ref)) for info in resident],
             cancelled_requests=running if in_use is InUse.CANCEL else 0,
         )
 
     async def PinAdapter(
         self, request: adapters_pb2.PinAdapterRequest, context: Any
     ) -> adapters_pb2.PinAdapterResponse:
-        _not_implemented("pins adapters; LoadAdapter brings one to the device until its slot is needed")
+        name, version = _named(request)
+        pinned = await self._future(lambda: self._manager.pin(name, version))
+        _tell(pinned)
+        return adapters_pb2.PinAdapterResponse(adapter=convert.adapter(pinned))
 
     async def UnpinAdapter(
         self, request: adapters_pb2.UnpinAdapterRequest, context: Any
     ) -> adapters_pb2.UnpinAdapterResponse:
-        _not_implemented("pins adapters, so none is pinned")
+        name, version = _named(request)
+        unpinned = self._manager.unpin(name, version)
+        if not unpinned and not self._manager.in_memory(name, version):
+            _tell(await self._store.run(lambda: self._manager.get(name, version)))  # or it is unknown
+        return adapters_pb2.UnpinAdapterResponse(adapters=[convert.adapter(info) for info in unpinned])
 
     async def MergeAdapter(
         self, request: adapters_pb2.MergeAdapterRequest, context: Any
@@ -118,15 +135,6 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         self, request: adapters_pb2.UnmergeAdapterRequest, context: Any
     ) -> adapters_pb2.UnmergeAdapterResponse:
         _not_implemented("merges adapters, so none is merged")
-
-    async def _of(self, name: str, version: int | None) -> list[AdapterInfo]:
-        """The versions in the store, ascending; AdapterNotFoundError if there is none."""
-        newest_or_given = await self._store.run(lambda: self._manager.get(name, version))
-        _tell(newest_or_given)
-        if version is not None:
-            return [newest_or_given]
-        infos = await self._store.run(self._manager.list)
-        return sorted((info for info in infos if info.ref.name == name), key=_order)
 
     async def _future(self, begin: Callable[[], Future[T]]) -> T:
         return await asyncio.wrap_future(await self._store.run(begin))

@@ -76,8 +76,28 @@ class FakeManager:
         return list(self.infos.values())
 
     def load(self, name: str, version: int | None) -> Future[AdapterInfo]:
+        return self._move(name, version, residency=Residency.DEVICE)
+
+    def prefetch(self, name: str, version: int | None) -> Future[AdapterInfo]:
+        return self._move(name, version, residency=Residency.HOST)
+
+    def pin(self, name: str, version: int | None) -> Future[AdapterInfo]:
+        return self._move(name, version, residency=Residency.DEVICE, pinned=True)
+
+    def unpin(self, name: str, version: int | None) -> list[AdapterInfo]:
+        pinned = [info for info in self.in_memory(name, version) if info.pinned]
+        return [self._move(name, info.ref.version, pinned=False).result() for info in pinned]
+
+    def in_memory(self, name: str, version: int | None) -> list[AdapterInfo]:
+        found = [info for (n, v), info in self.infos.items() if n == name and version in (None, v)]
+        return [info for info in found if info.residency is not Residency.STORE]
+
+    def describe(self, ref: AdapterRef) -> AdapterInfo:
+        return self.infos[ref.name, ref.version]
+
+    def _move(self, name: str, version: int | None, **fields: Any) -> Future[AdapterInfo]:
         future: Future[AdapterInfo] = Future()
-        info = replace(self.get(name, version), residency=Residency.DEVICE)
+        info = replace(self.get(name, version), **fields)
         self.infos[name, info.ref.version] = info
         future.set_result(info)
         return future

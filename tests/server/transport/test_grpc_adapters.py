@@ -75,6 +75,36 @@ async def test_load_reports_why_not(serving, refusal_of):
         assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_load_to_host_memory(serving, refusal_of):
+    async with serving() as s:
+        s.engine.adapters.add("a/x")
+        request = adapters_pb2.LoadAdapterRequest(name="a/x", residency=adapters_pb2.RESIDENCY_HOST)
+        first = await s.admin.LoadAdapter(request)
+        assert first.adapter.residency == adapters_pb2.RESIDENCY_HOST
+        assert first.load_seconds > 0
+        assert (await s.admin.LoadAdapter(request)).load_seconds == 0
+        request.residency = adapters_pb2.RESIDENCY_STORE
+        refusal = await refusal_of(s.admin.LoadAdapter(request))
+        assert refusal.details["BadRequest"].field_violations[0].field == "residency"
+
+
+async def test_pin_and_unpin(serving, refusal_of):
+    async with serving() as s:
+        s.engine.adapters.add("a/x", 1)
+        s.engine.adapters.add("a/x", 2)
+        for version in (1, 2):
+            pinned = await s.admin.PinAdapter(adapters_pb2.PinAdapterRequest(name="a/x", version=version))
+            assert (pinned.adapter.version, pinned.adapter.pinned) == (version, True)
+        reply = await s.admin.UnpinAdapter(adapters_pb2.UnpinAdapterRequest(name="a/x"))
+        assert [(adapter.version, adapter.pinned) for adapter in reply.adapters] == [(1, False), (2, False)]
+        again = await s.admin.UnpinAdapter(adapters_pb2.UnpinAdapterRequest(name="a/x"))
+        assert list(again.adapters) == []
+        for verb in ("Pin", "Unpin"):
+            message = getattr(adapters_pb2, f"{verb}AdapterRequest")(name="a/z")
+            refusal = await refusal_of(getattr(s.admin, f"{verb}Adapter")(message))
+            assert refusal.code is grpc.StatusCode.NOT_FOUND
+
+
 @pytest.mark.parametrize(
     "policy", [adapters_pb2.IN_USE_POLICY_UNSPECIFIED, adapters_pb2.IN_USE_POLICY_REFUSE]
 )

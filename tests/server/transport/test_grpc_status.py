@@ -228,7 +228,7 @@ async def test_a_message_over_the_limit_is_resource_exhausted_and_the_server_goe
         assert (await s.inference.Generate(small)).text == "ABC"
 
 
-@pytest.mark.parametrize("verb", ["Pin", "Unpin", "Merge", "Unmerge"])
+@pytest.mark.parametrize("verb", ["Merge", "Unmerge"])
 async def test_calls_of_a_later_version_are_unimplemented_with_a_reason(serving, refusal_of, verb):
     async with serving() as s:
         message = getattr(adapters_pb2, f"{verb}AdapterRequest")(name="a/b")
