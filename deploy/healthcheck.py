@@ -1,7 +1,8 @@
 """Exit 0 if the server in this container answers SERVING over grpc.health.v1, 1 if not; for HEALTHCHECK.
 
-Asked is localhost, on the port of HOTSWAP_SERVE_PORT: a container that listens elsewhere should set that
-variable instead of the flag. An argument, HOST:PORT, is asked instead.
+Asked is localhost, without TLS, on the port of HOTSWAP_SERVE_HEALTH_PORT or else HOTSWAP_SERVE_PORT: a container
+that listens elsewhere should set these variables instead of the flags, and one with TLS the former. An argument,
+HOST:PORT, is asked instead.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ def serving(target: str) -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    port = os.environ.get("HOTSWAP_SERVE_PORT") or "50051"
+    variables = ("HOTSWAP_SERVE_HEALTH_PORT", "HOTSWAP_SERVE_PORT")
+    port = next(filter(None, map(os.environ.get, variables)), "50051")
     return 0 if serving(arguments[0] if arguments else f"localhost:{port}") else 1
 
 

@@ -39,8 +39,9 @@ class AsyncClient:
         timeout: float | None = None,
         retries: int = 3,
         tls: TLS | bool = False,
+        allow_plaintext_key: bool = False,
     ) -> None:
-        self._settings = Settings.of(target, api_key, timeout, retries, tls)
+        self._settings = Settings.of(target, api_key, timeout, retries, tls, allow_plaintext_key)
         options, files = self._settings.channel_options(), self._settings.tls
         self._channel = (
             aio.insecure_channel(target, options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,26 +41,47 @@ class TLS:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """A client's checked settings. The API key stays out of its `repr`."""
+    """A client's checked settings. The API key stays out of its `repr`.
+
+    Raises:
+        ValueError: a value is wrong, or the key would cross a network in the clear without being allowed to.
+    """
 
     target: str
     api_key: str | None = field(repr=False)
     timeout: float | None
     retries: int
     tls: TLS | None
+    allow_plaintext_key: bool = False
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII without line breaks")
+        if self.api_key is not None and self.tls is None and not (self.allow_plaintext_key or self._local):
+            raise ValueError(
+                f"api_key would be sent to {self.target} in the clear; use tls, or allow_plaintext_key if "
+                "the network between is trusted"
+            )
         if not 0 <= self.retries <= MAX_RETRIES:
             raise ValueError(f"retries must be between 0 and {MAX_RETRIES}, got {self.retries}")
 
     @classmethod
     def of(
-        cls, target: str, api_key: str | None, timeout: float | None, retries: int, tls: TLS | bool
+        cls,
+        target: str,
+        api_key: str | None,
+        timeout: float | None,
+        retries: int,
+        tls: TLS | bool,
+        allow_plaintext_key: bool,
     ) -> Settings:
         files = (TLS() if tls else None) if isinstance(tls, bool) else tls
-        return cls(target, api_key, timeout, retries, files)
+        return cls(target, api_key, timeout, retries, files, allow_plaintext_key)
+
+    @property
+    def _local(self) -> bool:
+        """Whether the target is certainly this machine."""
+        return is_local(self.target)
 
     def describe(self) -> str:
         """The arguments of a client's `repr`."""
@@ -87,11 +109,39 @@ class Settings:
             ("grpc.enable_retries", int(self.retries > 0)),
             ("grpc.primary_user_agent", "hotswap-client"),
         ]
+        if self.api_key is not None and self._local:
+            options.append(("grpc.enable_http_proxy", 0))  # or a proxy of the environment would see the key
         if self.retries > 0:
             options.append(("grpc.service_config", _service_config(self.retries + 1)))
         if self.tls is not None and self.tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
+
+
+def is_local(target: str) -> bool:
+    """Whether a gRPC target (https://grpc.github.io/grpc/core/md_doc_naming.html) is certainly this machine:
+    localhost, a loopback address or a Unix socket."""
+    scheme, colon, rest = target.partition(":")
+    if colon and scheme in ("unix", "unix-abstract"):
+        return True
+    if colon and scheme in ("dns", "ipv4", "ipv6"):
+        # dns:[//AUTHORITY/]HOST, where the authority is a name server; the other two list addresses.
+        target = rest.removeprefix("///")
+    return all(_is_loopback(_host_of(address)) for address in target.split(","))
+
+
+def _host_of(address: str) -> str:
+    """The host of `HOST`, `HOST:PORT`, `[IPV6]`, `[IPV6]:PORT` or a bare IPv6 address."""
+    if address.startswith("["):
+        return address[1:].partition("]")[0]
+    return address.partition(":")[0] if address.count(":") == 1 else address
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def _service_config(max_attempts: int) -> str:

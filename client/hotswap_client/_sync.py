@@ -31,7 +31,8 @@ class Client:
 
     `api_key` goes with every call as a bearer token. `timeout` is every call's, in seconds, unless the call
     has its own. A call that fails with UNAVAILABLE before its first reply is tried up to `retries` (0 to 4)
-    times more. `tls` is True for a server with a publicly trusted certificate, or a `TLS` with files.
+    times more. `tls` is True for a server with a publicly trusted certificate, or a `TLS` with files. Without
+    it a key is sent to this machine alone, or with `allow_plaintext_key` to every target.
 
     Calls raise `HotswapError`s: `InvalidCall` before anything is sent, the others as the server answers.
     """
@@ -44,8 +45,9 @@ class Client:
         timeout: float | None = None,
         retries: int = 3,
         tls: TLS | bool = False,
+        allow_plaintext_key: bool = False,
     ) -> None:
-        self._settings = Settings.of(target, api_key, timeout, retries, tls)
+        self._settings = Settings.of(target, api_key, timeout, retries, tls, allow_plaintext_key)
         options, files = self._settings.channel_options(), self._settings.tls
         self._channel = (
             grpc.insecure_channel(target, options)

@@ -6,7 +6,6 @@ import asyncio
 import importlib.metadata
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,9 +25,16 @@ from hotswap_server.engine.base import BaseModel, load_base
 from hotswap_server.engine.engine import EngineOptions
 from hotswap_server.engine.service import EngineService
 from hotswap_server.errors import BaseModelError, HotswapError, InvalidRequestError
-from hotswap_server.grpc.server import GrpcServer, PortInUseError
+from hotswap_server.grpc.server import Bound, GrpcServer, PortInUseError
 from hotswap_server.kernels import select_kernels
+from hotswap_server.listening import PortError, address_of, check_ports, shown
 from hotswap_server.metrics import Metrics, MetricsServer
+from hotswap_server.security.setup import (
+    Security,
+    SecuritySettingsError,
+    exposure_warnings,
+    open_security,
+)
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
@@ -52,11 +58,15 @@ class Loaded:
     kernels: str
     num_stored: int
     started: float
+    security: Security
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A server that answers. `metrics_address` is empty without metrics; the cache holds `kv_tokens`."""
+    """A server that answers; the cache holds `kv_tokens`.
+
+    `metrics_address` is empty without metrics, `admin_address` and `health_address` without own ports.
+    """
 
     base: str
     address: str
@@ -72,6 +82,9 @@ class Ready:
     kernels: str
     threads: int
     seconds: float
+    security: str
+    admin_address: str = ""
+    health_address: str = ""
 
 
 async def serve(
@@ -95,9 +108,13 @@ def load(settings: ServeSettings) -> Loaded:
         StartupError: the settings cannot be served.
     """
     started = time.monotonic()
-    _check_port(settings, "port")
-    if settings.metrics_port:
-        _check_port(settings, "metrics_port")
+    try:
+        check_ports(settings)
+        security = open_security(settings)
+    except (PortError, SecuritySettingsError) as error:
+        raise StartupError(f"{flag_of(error.field)}: {error}") from error
+    for warning in exposure_warnings(settings):
+        logger.warning("open_to_the_network", problem=warning)
     torch.set_num_threads(settings.threads or usable_cores())
     try:
         store = AdapterManager.open_store(settings.store)
@@ -126,7 +143,7 @@ def load(settings: ServeSettings) -> Loaded:
         raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
     except (HotswapError, BaseNotFoundError, BaseConversionError) as error:
         raise StartupError(str(error)) from error
-    return Loaded(settings, base, tokenizer, adapters, metrics, kernels.name, num_stored, started)
+    return Loaded(settings, base, tokenizer, adapters, metrics, kernels.name, num_stored, started, security)
 
 
 async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.Event | None = None) -> None:
@@ -150,16 +167,19 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         max_message_bytes=settings.max_message_bytes,
         max_timeout=settings.max_timeout,
         store_timeout=settings.load_deadline,
-        reflect=settings.reflection,
+        security=loaded.security,
+        admin=address_of(settings, "admin_port"),
+        health_check=address_of(settings, "health_port"),
+        reflect=not loaded.security.access.required if settings.reflection is None else settings.reflection,
     )
     scraped: MetricsServer | None = None
     stop = asyncio.Event() if stop is None else stop
     try:
         if settings.metrics_port:
             scraped = MetricsServer(metrics, settings.host, settings.metrics_port)
-        port = await server.start(settings.host, settings.port)
+        bound = await server.start(settings.host, settings.port)
         with _StopSignals(stop) as signals:
-            described = _describe(loaded, engine, port)
+            described = _describe(loaded, engine, bound)
             logger.info("ready", address=described.address, seconds=round(described.seconds, 3))
             ready(described)
             await stop.wait()
@@ -236,12 +256,15 @@ def _engine_options(settings: ServeSettings) -> EngineOptions:
     )
 
 
-def _describe(loaded: Loaded, engine: EngineService, port: int) -> Ready:
+def _describe(loaded: Loaded, engine: EngineService, bound: Bound) -> Ready:
     settings = loaded.settings
     return Ready(
         base=settings.base,
-        address=f"{settings.host}:{port}",
-        port=port,
+        address=shown(settings, "port", bound.port),
+        port=bound.port,
+        admin_address=shown(settings, "admin_port", bound.admin),
+        health_address=shown(settings, "health_port", bound.health),
+        security=loaded.security.summary,
         metrics_address=(
             f"http://{settings.host}:{settings.metrics_port}/metrics" if settings.metrics_port else ""
         ),
@@ -256,23 +279,6 @@ def _describe(loaded: Loaded, engine: EngineService, port: int) -> Ready:
         threads=torch.get_num_threads(),
         seconds=time.monotonic() - loaded.started,
     )
-
-
-def _check_port(settings: ServeSettings, name: str) -> None:
-    """Refuse a taken port before a base is loaded for minutes."""
-    host, port = settings.host, int(getattr(settings, name))
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise StartupError(
-            f"{flag_of(name)}: cannot listen on {host}:{port}: {reason}; give another --host or port"
-        ) from error
 
 
 def _device(name: str) -> torch.device:

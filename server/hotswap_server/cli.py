@@ -58,7 +58,7 @@ def _option(name: str, field: FieldInfo) -> Any:
         help_text += (
             f" \\[{shown}]" if not isinstance(default, bool) else f" \\[{'on' if default else 'off'}]"
         )
-    if field.annotation is bool:
+    if field.annotation in (bool, bool | None):
         return Annotated[
             bool | None,
             typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=help_text, show_default=False),
@@ -73,7 +73,7 @@ def _metavar(annotation: Any) -> str:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
-    return {int: "INTEGER", float: "SECONDS", ByteSize: "BYTES"}.get(annotation, "TEXT")
+    return {int: "INTEGER", float: "SECONDS", ByteSize: "BYTES", Path: "FILE"}.get(annotation, "TEXT")
 
 
 @_flags_of_settings
@@ -109,8 +109,9 @@ def _print_ready(ready: Ready) -> None:
     rows = {
         "base": f"{ready.base}, {ready.dtype} on {ready.device}",
         "kernels": f"{ready.kernels}, {ready.threads} threads",
-        "address": ready.address,
+        "address": ready.address + (f", adapters: {ready.admin_address}" if ready.admin_address else ""),
         "metrics": ready.metrics_address or "off",
+        "callers": ready.security,
         "store": f"{ready.store} ({ready.num_stored} adapter{'s' * (ready.num_stored != 1)})",
         "KV cache": f"{ready.kv_tokens:,} tokens; up to {ready.max_context:,} in a request",
         "slots": f"{ready.adapter_slots} adapters",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 import yaml
-from pydantic import ByteSize, Field, ValidationError, field_validator
+from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 ENV_PREFIX: Final = "HOTSWAP_SERVE_"
@@ -82,7 +82,28 @@ class ServeSettings(BaseSettings):
     drain_timeout: float = Field(
         30.0, ge=0, description="Longest that a stop waits for running requests, in seconds."
     )
-    reflection: bool = Field(True, description="Whether clients may ask for the API's description.")
+    tls_cert: Path | None = Field(
+        None, description="Certificate with its chain, PEM; with tls_key it switches TLS on."
+    )
+    tls_key: Path | None = Field(None, description="The certificate's key, PEM, without a passphrase.")
+    tls_client_ca: Path | None = Field(
+        None, description="Authority whose certificates clients must present, PEM."
+    )
+    keys_file: Path | None = Field(
+        None, description="Keys and certificates of those who may call; without it everybody may."
+    )
+    admin_port: int | None = Field(
+        None, ge=0, le=65535, description="Port of AdapterService alone; default: with the rest on port."
+    )
+    admin_host: str | None = Field(
+        None, min_length=1, description="Address that admin_port listens on; default: host."
+    )
+    health_port: int | None = Field(
+        None, ge=0, le=65535, description="Further port for health alone, without TLS, for probes."
+    )
+    reflection: bool | None = Field(
+        None, description="Whether clients may ask for the API's description; default: without keys_file."
+    )
 
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line."
@@ -94,6 +115,17 @@ class ServeSettings(BaseSettings):
     def _finite(cls, value: float) -> float:
         if not math.isfinite(value):
             raise ValueError("input should be a finite number of seconds")
+        return value
+
+    @field_validator("tls_key", "tls_client_ca", "admin_host")
+    @classmethod
+    def _not_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        needed = "admin_port" if info.field_name == "admin_host" else "tls_cert"
+        given = info.data.get(needed) is not None
+        if value is not None and not given:
+            raise ValueError(f"has no effect without {needed}; give that too")
+        if info.field_name == "tls_key" and value is None and given:
+            raise ValueError("is needed beside tls_cert")
         return value
 
     @classmethod

@@ -75,6 +75,28 @@ class OverloadedError(HotswapError):
     reason = "OVERLOADED"
 
 
+class UnauthenticatedError(HotswapError):
+    """The call shows no API key or client certificate that this server knows."""
+
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(HotswapError):
+    """The caller's role does not include the call. Never says whether an adapter exists."""
+
+    reason = "PERMISSION_DENIED"
+
+
+class RateLimitedError(HotswapError):
+    """The caller has met a limit of its own; the call may work in `retry_after` seconds."""
+
+    reason = "RATE_LIMITED"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, **metadata: str) -> None:
+        super().__init__(message, **metadata)
+        self.retry_after = retry_after
+
+
 class DrainingError(HotswapError):
     """The server is shutting down and takes no new requests."""
 

@@ -46,6 +46,7 @@ def configure_logging(level: str = "info", form: str = "console") -> None:
     # Libraries speak up from warnings on; what they say below that is about themselves.
     root.setLevel(max(logging.WARNING, getattr(logging, level.upper())))
     logging.getLogger("hotswap_server").setLevel(level.upper())
+    logging.getLogger("hotswap_server.audit").setLevel(logging.INFO)  # who did what is never left out
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,

@@ -44,6 +44,7 @@ def test_the_port_is_the_servers_own_setting(service: tuple[health.HealthService
     servicer, port = service
     servicer.set("", Status.SERVING)
     assert check(HOTSWAP_SERVE_PORT=str(port)) == (0, "")
+    assert check(HOTSWAP_SERVE_PORT="1", HOTSWAP_SERVE_HEALTH_PORT=str(port)) == (0, "")
 
 
 def test_a_draining_server_is_not_healthy(service: tuple[health.HealthServicer, int]) -> None:

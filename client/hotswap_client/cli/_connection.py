@@ -44,12 +44,22 @@ def _connection(
     key: Annotated[
         Path | None, typer.Option(help="Own certificate's key, PEM.", exists=True, rich_help_panel=_PANEL)
     ] = None,
+    allow_plaintext_key: Annotated[
+        bool,
+        typer.Option(
+            "--allow-plaintext-key",
+            help="Send the key to another machine even without TLS.",
+            rich_help_panel=_PANEL,
+        ),
+    ] = False,
 ) -> Client:
     if (cert is None) != (key is None):
         raise typer.BadParameter("--cert and --key go together")
     files = TLS(ca=ca, cert=cert, key=key) if tls or ca or cert else False
     try:
-        return Client(target, api_key=api_key, timeout=timeout, tls=files)
+        return Client(
+            target, api_key=api_key, timeout=timeout, tls=files, allow_plaintext_key=allow_plaintext_key
+        )
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 

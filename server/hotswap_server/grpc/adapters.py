@@ -55,7 +55,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             raise InvalidRequestError("page_size", f"must be between 1 and {MAX_PAGE_SIZE}, got {size}")
         after = _read_page_token(request.page_token)
         found = await self._store.run(self._manager.list)
-        infos = sorted((info for info in found if info.ref.name.startswith(request.name_prefix)), key=_order)
+        may_use = current_call().principal.adapters.match
+        infos = sorted(
+            (
+                info
+                for info in found
+                if info.ref.name.startswith(request.name_prefix) and may_use(info.ref.name)
+            ),
+            key=_order,
+        )
         if not request.all_versions:
             infos = list(_newest_and_resident(infos))
         rest = [info for info in infos if after is None or _order(info) > after]

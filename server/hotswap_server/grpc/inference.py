@@ -83,6 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         else:
             raise InvalidRequestError("target", "is required; set text or token_ids")
         adapter = await self._resolve(name, version)
+        current_call().spend(len(before) + len(scored))
         result = await self._engine.score(
             ScoreRequest(
                 id=uuid.uuid4().hex,
@@ -119,10 +120,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return ref
 
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished, None]:
-        facts = current_call().facts
+        call = current_call()
+        facts, spend = call.facts, call.spend
+        spend(len(request.prompt_ids))
         async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
             async for event in events:
-                if isinstance(event, Finished):
+                if isinstance(event, Delta):
+                    spend(len(event.token_ids))
+                elif isinstance(event, Finished):
                     facts |= {
                         "path": event.path.value,
                         "finish_reason": event.finish_reason.value,

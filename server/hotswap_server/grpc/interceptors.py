@@ -17,6 +17,7 @@ import structlog
 
 from hotswap_server.grpc.status import TimeLimitError, status_of
 from hotswap_server.metrics import UNKNOWN, Metrics
+from hotswap_server.security.principals import ANYBODY, Principal
 
 API_PREFIX: Final = "/hotswap.v1."
 REQUEST_ID_KEY: Final = "x-request-id"
@@ -33,6 +34,9 @@ class CallInfo:
     request_id: str
     method: str = UNKNOWN
     facts: dict[str, object] = field(default_factory=dict)
+    principal: Principal = ANYBODY
+    spend: Callable[[int], None] = lambda tokens: None
+    """Takes the numbers of tokens that the call uses, as it uses them."""
 
 
 _current: ContextVar[CallInfo] = ContextVar("hotswap_call")

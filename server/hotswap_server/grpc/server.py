@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
 import grpc
@@ -12,12 +13,15 @@ from grpc_reflection.v1alpha import reflection
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 from hotswap_server.engine.service import EngineService
+from hotswap_server.grpc.access import AccessInterceptor
 from hotswap_server.grpc.adapters import AdapterServicer
 from hotswap_server.grpc.encoding import InputEncoder
 from hotswap_server.grpc.inference import InferenceServicer
 from hotswap_server.grpc.interceptors import CallInterceptor
 from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import Metrics
+from hotswap_server.security.access import Access
+from hotswap_server.security.setup import Security
 
 SERVICES: Final = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -26,14 +30,39 @@ SERVICES: Final = (
 
 # For what still has to be sent after the last call has ended; health watchers are then cut off.
 _STOP_GRACE_S = 1.0
+_REFRESH_S = 1.0
 
 
 class PortInUseError(OSError):
     """The address cannot be listened on."""
 
 
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen; port 0 takes a free one."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """Ports that are listened on; 0 for a service that has no port of its own."""
+
+    port: int
+    admin: int = 0
+    health: int = 0
+
+
 class GrpcServer:
-    """Serves an engine. `start`, then `stop`; both once, on the same event loop."""
+    """Serves an engine. `start`, then `stop`; both once, on the same event loop.
+
+    Health is on every port, the API's services on the first; AdapterService on that of `admin` instead, if
+    given. The port of `health` has neither TLS nor another service.
+    """
 
     def __init__(
         self,
@@ -43,17 +72,43 @@ class GrpcServer:
         max_message_bytes: int,
         max_timeout: float,
         store_timeout: float,
+        security: Security | None = None,
+        admin: Address | None = None,
+        health_check: Address | None = None,
         reflect: bool = True,
     ) -> None:
         self._engine = engine
+        self._security = security or Security(Access())
         self._encoder = InputEncoder(engine.tokenizer, engine.base.vocab_size)
         self._store = StoreCalls(store_timeout)
         self._calls = CallInterceptor(metrics, max_seconds=max_timeout)
+        self._guard = AccessInterceptor(self._security.access)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._server = grpc.aio.server(
-            interceptors=[self._calls],
+        self._max_message_bytes = max_message_bytes
+        self._main = self._new_server()
+        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
+            InferenceServicer(engine, self._encoder, self._store), self._main
+        )
+        self._admin_address, self._admin = admin, self._main if admin is None else self._new_server()
+        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
+            AdapterServicer(engine.adapters, self._store), self._admin
+        )
+        self._health_address = health_check
+        self._probed = None if health_check is None else self._new_server()
+        if reflect:
+            shared = (health.SERVICE_NAME, reflection.SERVICE_NAME)
+            if self._admin is self._main:
+                reflection.enable_server_reflection((*SERVICES, *shared), self._main)
+            else:
+                reflection.enable_server_reflection((SERVICES[0], *shared), self._main)
+                reflection.enable_server_reflection((SERVICES[1], *shared), self._admin)
+        self._refreshing: asyncio.Task[None] | None = None
+
+    def _new_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=[self._calls, self._guard],
             options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_receive_message_length", self._max_message_bytes),
                 ("grpc.max_send_message_length", -1),
                 ("grpc.so_reuseport", 0),  # a second server on the port is an error, not a partner
                 ("grpc.keepalive_time_ms", 60_000),
@@ -62,32 +117,42 @@ class GrpcServer:
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
             ],
         )
-        inference_pb2_grpc.add_InferenceServiceServicer_to_server(
-            InferenceServicer(engine, self._encoder, self._store), self._server
-        )
-        adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterServicer(engine.adapters, self._store), self._server
-        )
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        if reflect:
-            names = (*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME)
-            reflection.enable_server_reflection(names, self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        return server
 
-    async def start(self, host: str, port: int) -> int:
-        """Listen and answer; returns the port, which is a free one if `port` is 0.
+    @property
+    def _servers(self) -> list[grpc.aio.Server]:
+        servers = [self._main, *([] if self._admin is self._main else [self._admin])]
+        return servers if self._probed is None else [*servers, self._probed]
+
+    async def start(self, host: str, port: int) -> Bound:
+        """Listen and answer.
 
         Raises:
-            PortInUseError: the address is taken, or not this machine's.
+            PortInUseError: an address is taken, or not this machine's.
         """
-        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        try:
-            bound = self._server.add_insecure_port(address)
-        except RuntimeError as error:
-            raise PortInUseError(f"cannot listen on {address}") from error
+        credentials = None
+        if self._security.certificates is not None:
+            credentials = self._security.certificates.credentials()
+        bound = _listen(self._main, Address(host, port), credentials)
+        admin = probed = 0
+        if self._admin_address is not None:
+            admin = _listen(self._admin, self._admin_address, credentials)
+        if self._probed is not None and self._health_address is not None:
+            probed = _listen(self._probed, self._health_address, None)
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        await self._server.start()
-        return bound
+        for server in self._servers:
+            await server.start()
+        if self._security.access.required:
+            self._refreshing = asyncio.create_task(self._refresh())
+        return Bound(bound, admin, probed)
+
+    async def _refresh(self) -> None:
+        """Take over changes of the keys file, within a second."""
+        while True:
+            await asyncio.sleep(_REFRESH_S)
+            await asyncio.to_thread(self._security.access.refresh)
 
     async def stop(self, drain_timeout: float) -> None:
         """Say NOT_SERVING, let running calls end within `drain_timeout` seconds, fail the rest, then close.
@@ -103,6 +168,19 @@ class GrpcServer:
         with suppress(TimeoutError):
             async with asyncio.timeout_at(max(deadline, loop.time() + _STOP_GRACE_S)):
                 await self._calls.wait_idle()
-        await self._server.stop(_STOP_GRACE_S if drain_timeout else None)
+        grace = _STOP_GRACE_S if drain_timeout else None
+        await asyncio.gather(*(server.stop(grace) for server in self._servers))
+        if self._refreshing is not None:
+            self._refreshing.cancel()
         self._encoder.close()
         self._store.close()
+
+
+def _listen(server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None) -> int:
+    """The port, which is a free one if the address's is 0."""
+    try:
+        if credentials is None:
+            return server.add_insecure_port(str(address))
+        return server.add_secure_port(str(address), credentials)
+    except RuntimeError as error:
+        raise PortInUseError(f"cannot listen on {address}") from error

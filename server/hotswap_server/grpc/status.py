@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from typing import Final
 
@@ -24,8 +25,11 @@ from hotswap_server.errors import (
     HotswapError,
     InvalidRequestError,
     OverloadedError,
+    PermissionDeniedError,
+    RateLimitedError,
     RequestCancelledError,
     StoreUnavailableError,
+    UnauthenticatedError,
 )
 
 DOMAIN: Final = "hotswap"
@@ -62,6 +66,9 @@ _CODES: Final[tuple[tuple[type[HotswapError], grpc.StatusCode], ...]] = (
     (DrainingError, grpc.StatusCode.UNAVAILABLE),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (OverloadedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (RateLimitedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
+    (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (TimeLimitError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (NotImplementedByServerError, grpc.StatusCode.UNIMPLEMENTED),
     (EngineError, grpc.StatusCode.INTERNAL),
@@ -94,8 +101,16 @@ def status_of(error: BaseException) -> RichStatus:
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
     if isinstance(error, OverloadedError | StoreUnavailableError | DrainingError):
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS)))
-    code = next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
-    return _rich(code, message, *details)
+    if isinstance(error, RateLimitedError):
+        delay = Duration()
+        delay.FromMilliseconds(math.ceil(error.retry_after * 1000))
+        details.append(error_details_pb2.RetryInfo(retry_delay=delay))
+    return _rich(code_of(error), message, *details)
+
+
+def code_of(error: BaseException) -> grpc.StatusCode:
+    """The code that a caller gets for `error`."""
+    return next((code for kind, code in _CODES if isinstance(error, kind)), grpc.StatusCode.INTERNAL)
 
 
 def _info(reason: str, metadata: dict[str, str]) -> error_details_pb2.ErrorInfo:

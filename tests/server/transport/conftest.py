@@ -28,7 +28,7 @@ from hotswap_server.core import (
     TokenLogprob,
 )
 from hotswap_server.errors import AdapterInUseError, AdapterNotFoundError, DrainingError
-from hotswap_server.grpc.server import GrpcServer
+from hotswap_server.grpc.server import Bound, GrpcServer
 from hotswap_server.metrics import Metrics
 
 VOCAB_SIZE = 300
@@ -202,19 +202,28 @@ class Serving:
     channel: grpc.aio.Channel
     inference: Any
     admin: Any
+    bound: Bound
 
     def sample(self, name: str, **labels: str) -> float | None:
         return self.metrics.registry.get_sample_value(name, labels)
 
 
 @asynccontextmanager
-async def _serving(**options: Any) -> AsyncIterator[Serving]:
+async def _serving(
+    *, credentials: grpc.ChannelCredentials | None = None, **options: Any
+) -> AsyncIterator[Serving]:
+    """`credentials` of the channel to the server's own port; its other options are the server's."""
     engine, metrics = FakeEngine(), Metrics()
     settings = {"max_message_bytes": 64 << 10, "max_timeout": 60.0, "store_timeout": 30.0} | options
     server = GrpcServer(engine, metrics, **settings)  # type: ignore[arg-type]
-    port = await server.start("127.0.0.1", 0)
+    bound = await server.start("127.0.0.1", 0)
+    target = f"localhost:{bound.port}"
     try:
-        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        async with (
+            grpc.aio.insecure_channel(target)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials)
+        ) as channel:
             yield Serving(
                 engine,
                 metrics,
@@ -222,6 +231,7 @@ async def _serving(**options: Any) -> AsyncIterator[Serving]:
                 channel,
                 inference_pb2_grpc.InferenceServiceStub(channel),
                 adapters_pb2_grpc.AdapterServiceStub(channel),
+                bound,
             )
     finally:
         await server.stop(0)
