@@ -1,8 +1,8 @@
 """Exit 0 if the server in this container answers SERVING over grpc.health.v1, 1 if not; for HEALTHCHECK.
 
-Asked is localhost, without TLS, on the port of HOTSWAP_SERVE_HEALTH_PORT or else HOTSWAP_SERVE_PORT: a container
-that listens elsewhere should set these variables instead of the flags, and one with TLS the former. An argument,
-HOST:PORT, is asked instead.
+Asked is localhost, without TLS, on the port of HOTSWAP_SERVE_HEALTH_PORT or else HOTSWAP_SERVE_PORT: a
+container that listens elsewhere should set these variables instead of the flags, and one with TLS the former.
+An argument, HOST:PORT, is asked instead.
 """
 
 from __future__ import annotations
