@@ -51,6 +51,12 @@ class AdapterInUseError(HotswapError):
     reason = "ADAPTER_IN_USE"
 
 
+class MergeRefusedError(HotswapError):
+    """The adapter cannot be merged into the base weights, or not taken out of them; served, it still is."""
+
+    reason = "MERGE_REFUSED"
+
+
 class RequestCancelledError(HotswapError):
     """The caller left before the request was finished; recorded, never sent."""
 

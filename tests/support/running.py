@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.merges import Merges
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.residency import LoadRecord, Residency
 from hotswap_server.core import (
@@ -127,6 +128,12 @@ class Recorder:
     def failed(self, ref: AdapterRef, error: Exception) -> None:
         self.adapter_events.append(("failed", ref))
 
+    def merged(self, ref: AdapterRef, seconds: float) -> None:
+        self.adapter_events.append(("merged", ref))
+
+    def unmerged(self, ref: AdapterRef) -> None:
+        self.adapter_events.append(("unmerged", ref))
+
     def count(self, kind: str) -> int:
         return sum(event == kind for event, _ in self.adapter_events)
 
@@ -161,6 +168,7 @@ class Running:
             EngineOptions(kv_cache_bytes=kv_pages * page_bytes, page_size=page_size, **options),
             observer=self.recorder,
         )
+        self.merges = Merges(self.adapters, base, self.engine.between_steps, observer=self.recorder)
         self.adapters.on_change = self.engine.wake
         self.adapters.cancel_users = self.engine.cancel_adapter
 
@@ -176,6 +184,7 @@ class Running:
                 self.assert_clean()
         finally:
             self.engine.stop()
+            self.merges.close()
             self.adapters.close()
         if error is None:
             self.assert_clean()
@@ -198,6 +207,13 @@ class Running:
         params = SamplingParams(**({"temperature": 0.0, "max_new_tokens": 8, "ignore_eos": True} | sampling))
         ref = adapter if isinstance(adapter, AdapterRef) else self.ref(adapter)
         return self.submit(GenerateRequest(f"request-{next(_ids)}", tuple(prompt), params, ref))
+
+    def merge(self, name: str, version: int | None = None) -> AdapterRef:
+        """Merge a version, and wait until it is."""
+        return self.merges.merge(self.adapters.resolve(name, version)).result(SOON_S).info.ref
+
+    def unmerge(self, name: str) -> AdapterRef:
+        return self.merges.unmerge(name).result(SOON_S).info.ref
 
     def score(self, tokens: Iterable[int], adapter: str | None = None, **options: Any) -> Outcome:
         return self.submit(

@@ -137,6 +137,7 @@ class AdapterManager:
             running=0 if resident is None else resident.users,
             details={} if facts is None else facts.details,
             error=None if error is None else str(error),
+            merged=self._base.merged.ref == ref,
         )
 
     def load(self, name: str, version: int | None) -> Future[AdapterInfo]:
@@ -180,21 +181,42 @@ class AdapterManager:
             CapacityError: it would take the last slot of its method that others can have.
             AdapterInUseError: it is being unloaded.
         """
-        ref = self._store.resolve(name, version)
+        return self._keep(self._store.resolve(name, version), pinned=True)
+
+    def hold(self, ref: AdapterRef, *, instead_of: AdapterRef | None = None) -> Future[AdapterInfo]:
+        """`pin`, for a version that is to be merged, until `let_go`. An error makes that needless.
+
+        `instead_of` is let go of soon, so its slot counts as one for others.
+        """
+        return self._keep(ref, held=True, spare=instead_of is not None)
+
+    def let_go(self, ref: AdapterRef) -> None:
+        """End a `hold`."""
+        with self._placement.acting():
+            self._placement.let_go(ref)
+
+    def content(self, ref: AdapterRef) -> Future[MethodAdapter]:
+        """An adapter's tensors, from host memory or from the store."""
+        return self._loader.load(ref)
+
+    def _keep(
+        self, ref: AdapterRef, *, pinned: bool = False, held: bool = False, spare: bool = False
+    ) -> Future[AdapterInfo]:
         loaded = _promise()
         placement = self._placement
         with placement.acting():
             resident = placement.residents.get(ref)
             if resident is not None and resident.leaving:
-                raise AdapterInUseError(f"{ref} is being unloaded; retry when it is gone", adapter=name)
+                raise AdapterInUseError(f"{ref} is being unloaded; retry when it is gone", adapter=ref.name)
             slots = self._banks[ref.method].num_slots
-            pinned = placement.num_pinned(ref.method)
-            if (resident is None or not resident.pinned) and pinned + 1 >= slots:
+            kept = placement.num_kept(ref.method) - spare
+            if (resident is None or not resident.kept) and kept + 1 >= slots:
                 raise CapacityError(
-                    f"{ref}: {pinned} of {slots} {ref.method} slots are pinned, and one must be left for the "
-                    "others; unpin one, or start the server with more --adapter-slots"
+                    f"{ref}: {kept} of {slots} {ref.method} slots hold adapters that are pinned or merged, "
+                    "and one must be left for the others; unpin one, or start the server with more "
+                    "--adapter-slots"
                 )
-            placement.bring(ref, pinned=True, loaded=loaded)
+            placement.bring(ref, pinned=pinned, held=held, loaded=loaded)
         return self._described(ref, loaded)
 
     def unpin(self, name: str, version: int | None) -> Sequence[AdapterInfo]:
@@ -221,7 +243,7 @@ class AdapterManager:
         not its users: they have it loaded anew, unless `in_use` is CANCEL.
 
         Raises:
-            AdapterInUseError: requests use it and `in_use` is REFUSE, or it is pinned.
+            AdapterInUseError: requests use it and `in_use` is REFUSE, or it is pinned or merged.
         """
         done: Future[int] = Future()
         done.set_running_or_notify_cancel()
@@ -230,6 +252,8 @@ class AdapterManager:
             leaving = placement.matching(name, version)
             if any(resident.pinned for resident in leaving):
                 raise AdapterInUseError(f"{name} is pinned; unpin it first", adapter=name)
+            if any(resident.held for resident in leaving):
+                raise AdapterInUseError(f"{name} is merged; unmerge it first", adapter=name)
             users = sum(resident.users for resident in leaving)
             if users and in_use is InUse.REFUSE:
                 raise AdapterInUseError(

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.merging import LowRankUpdate
 from hotswap_server.errors import AdapterInvalidError
 
 
@@ -76,6 +77,19 @@ class Method(Protocol):
         ...
 
     def create_bank(self, base: BaseModel, options: BankOptions) -> AdapterBank: ...
+
+
+@runtime_checkable
+class MergeableMethod(Protocol):
+    """A method whose adapters change nothing but weights of the base's linear layers."""
+
+    def updates(self, adapter: Any) -> Mapping[str, LowRankUpdate]:
+        """What an adapter of this method makes of each weight, by module name.
+
+        Raises:
+            MergeRefusedError: this one changes something else too.
+        """
+        ...
 
 
 @cache

@@ -148,7 +148,14 @@ class Placement:
 
     # What the manager asks, holding the lock.
 
-    def bring(self, ref: AdapterRef, *, pinned: bool = False, loaded: Future[None] | None = None) -> Resident:
+    def bring(
+        self,
+        ref: AdapterRef,
+        *,
+        pinned: bool = False,
+        held: bool = False,
+        loaded: Future[None] | None = None,
+    ) -> Resident:
         """The entry of `ref`, whose way is begun if it is on none. `loaded` is settled once it has a slot."""
         resident = self.residents.get(ref)
         if resident is not None and resident.state is State.FAILED:
@@ -158,8 +165,9 @@ class Placement:
         begun = resident is None
         if resident is None:
             resident = self.residents[ref] = Resident(ref)
-        if pinned:
-            resident.pinned, resident.yielding = True, False
+        if pinned or held:
+            resident.pinned, resident.held = resident.pinned or pinned, resident.held or held
+            resident.yielding = False
         if loaded is not None:
             resident.on_loaded.append(loaded)
         if begun:
@@ -235,12 +243,23 @@ class Placement:
 
     def unpin(self, resident: Resident) -> None:
         resident.pinned = False
+        self._not_kept(resident)
+
+    def let_go(self, ref: AdapterRef) -> None:
+        resident = self.residents[ref]
+        resident.held = False
+        self._not_kept(resident)
+
+    def _not_kept(self, resident: Resident) -> None:
         if resident.state in (State.QUEUED, State.WAITING) and not self._is_needed(resident):
             self.leave(resident)
         self.advance(resident.ref.method)
 
     def num_pinned(self, method: str) -> int:
         return sum(resident.pinned for resident in self.residents.values() if resident.ref.method == method)
+
+    def num_kept(self, method: str) -> int:
+        return sum(resident.kept for resident in self.residents.values() if resident.ref.method == method)
 
     # What anyone may ask.
 
@@ -356,7 +375,7 @@ class Placement:
             error = HotswapError(f"{ref} could not be loaded: {type(error).__name__}")
         failure = error
         resident.state, resident.error, resident.since = State.FAILED, failure, time.monotonic()
-        resident.pinned = False
+        resident.pinned = resident.held = False
         self._promise(resident, failure)
         self._later += [lambda: self._observer.failed(ref, failure), self._changed]
         if resident.leaving or not self._wanted[ref]:
@@ -387,7 +406,7 @@ class Placement:
                 self._later.append(lambda promise=promise: promise.set_exception(error))  # type: ignore[misc]
 
     def _is_needed(self, resident: Resident) -> bool:
-        return self._wanted[resident.ref] > 0 or bool(resident.on_loaded) or resident.pinned
+        return self._wanted[resident.ref] > 0 or bool(resident.on_loaded) or resident.kept
 
     def _unwant(self, ref: AdapterRef) -> None:
         self._wanted[ref] -= 1

@@ -30,6 +30,7 @@ class AdapterInfo:
     running: int
     details: Mapping[str, str]
     error: str | None = None
+    merged: bool = False
 
 
 class InUse(Enum):

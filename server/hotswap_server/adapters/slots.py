@@ -55,6 +55,7 @@ class Resident:
     used: bool = False  # by anyone, since it was placed
     asked: int = 0  # in vain, since it waits for a slot
     pinned: bool = False
+    held: bool = False  # it is merged, or about to be
     yielding: bool = False  # its slot is promised to another: nobody new may use it
     leaving: bool = False  # unloaded: nobody new may use it
     adapter: MethodAdapter | None = None  # while it waits and is placed
@@ -67,9 +68,14 @@ class Resident:
     on_left: list[Future[None]] = field(default_factory=list)
 
     @property
+    def kept(self) -> bool:
+        """Whether its slot is not for others to have."""
+        return self.pinned or self.held
+
+    @property
     def impatient(self) -> bool:
         """Whether others must make room: it was asked for long enough, or an operator waits for it."""
-        return self.asked >= PATIENCE or bool(self.on_loaded) or self.pinned
+        return self.asked >= PATIENCE or bool(self.on_loaded) or self.kept
 
 
 class Slots:
@@ -137,4 +143,4 @@ class Slots:
 
 
 def _is_evictable(resident: Resident) -> bool:
-    return resident.state is State.READY and not resident.pinned and not resident.leaving
+    return resident.state is State.READY and not resident.kept and not resident.leaving

@@ -13,6 +13,7 @@ from torch import nn
 
 from hotswap_server.engine.attention import ATTENTION_NAME, TRACE_NAME, AttentionSite, StepState, trace_into
 from hotswap_server.engine.blocks import Block, BlocksNotFoundError, Call, find_blocks, hidden_states
+from hotswap_server.engine.merging import MergedWeights
 from hotswap_server.engine.prefixes import Prefix
 from hotswap_server.engine.projection import GroupedProjection, ProjectionGroup
 from hotswap_server.errors import BaseModelError
@@ -48,8 +49,12 @@ class BaseModel:
     prefixes: dict[tuple[str, int], Prefix] = field(default_factory=dict)
     """What adapters put before a sequence's own keys and values, by method and slot."""
 
+    merged: MergedWeights = field(default_factory=MergedWeights)
+    """The adapter that is in the projections' weights, if one is."""
+
     def detach_adapters(self) -> None:
         """Take every adapter method off the base."""
+        self.merged.install(None)
         for group in self.projections:
             group.detach()
         for block in self.blocks:

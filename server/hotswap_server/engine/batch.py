@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from hotswap_server.core import ScoreRequest
+from hotswap_server.engine.merging import OTHERS
 from hotswap_server.engine.scheduler import Scheduled
 from hotswap_server.kernels import AttentionLayout, TokenSlots
 from hotswap_server.kernels.interface import Segment
@@ -21,7 +22,8 @@ _LONG_RUN = 16
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """`input_ids` and `position_ids` [1, tokens] int64; `logit_rows` [rows] int64 are the tokens whose logits
-    are needed, those of `entries` that produce any, in order; `rows_per_entry` counts them."""
+    are needed, those of `entries` that produce any, in order; `rows_per_entry` counts them. `merged` says
+    whether some token runs over merged weights; `slots` then have OTHERS for those that do not."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
@@ -29,6 +31,7 @@ class StepInputs:
     rows_per_entry: list[int]
     layout: AttentionLayout
     slots: dict[str, TokenSlots]
+    merged: bool = False
 
 
 class BatchBuilder:
@@ -90,17 +93,23 @@ class BatchBuilder:
             rows_per_entry=rows_per_entry,
             layout=layout,
             slots=self._token_slots(entries, starts),
+            merged=any(entry.sequence.merged for entry in entries),
         )
 
     def _token_slots(self, entries: Entries[Scheduled], starts: list[int]) -> dict[str, TokenSlots]:
         result: dict[str, TokenSlots] = {}
-        methods = {entry.sequence.method for entry in entries if entry.sequence.slot is not None}
+        slots = [None if entry.sequence.merged else entry.sequence.slot for entry in entries]
+        methods = {e.sequence.method for e, slot in zip(entries, slots, strict=True) if slot is not None}
         for method in methods:
             index = np.full(starts[-1], -1, np.int32)
-            for entry, start in zip(entries, starts, strict=False):
-                if entry.sequence.slot is not None and entry.sequence.method == method:
-                    index[start : start + entry.num_new] = entry.sequence.slot
+            for entry, slot, start in zip(entries, slots, starts, strict=False):
+                if slot is not None and entry.sequence.method == method:
+                    index[start : start + entry.num_new] = slot
             result[method] = token_slots(index, self._device)
+        merged = [entry.sequence.merged for entry in entries]
+        if any(merged) and not all(merged):
+            others = np.repeat(np.where(merged, -1, 0).astype(np.int32), np.diff(starts))
+            result[OTHERS] = token_slots(others, self._device)
         return result
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:

@@ -6,8 +6,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 import torch
@@ -35,6 +36,8 @@ from hotswap_server.errors import (
     InvalidRequestError,
     OverloadedError,
 )
+
+T = TypeVar("T")
 
 _log = structlog.get_logger(__name__)
 
@@ -124,9 +127,8 @@ class Engine:
         self._observer = GuardedObserver(observer) if observer else NullObserver()
         self._sequences: dict[str, Sequence] = {}
         self._known: set[str] = set()  # ids of the sequences and of those in the inbox
-        self._inbox: deque[Sequence | str | AdapterRef] = (
-            deque()
-        )  # new ones, ids to cancel, adapters to leave
+        # New ones, ids to cancel, adapters to leave, things to do.
+        self._inbox: deque[Sequence | str | AdapterRef | Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
@@ -190,6 +192,27 @@ class Engine:
             self._inbox.append(ref)
             self._changed.notify()
 
+    def between_steps(self, action: Callable[[], T]) -> Future[T]:
+        """Do something quick on the engine's thread while no step runs; its result is the future's.
+
+        Raises:
+            DrainingError: the engine has stopped.
+        """
+        future: Future[T] = Future()
+
+        def act() -> None:
+            try:
+                future.set_result(action())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._changed:
+            if self._stopping:
+                raise DrainingError("the server is shutting down")
+            self._inbox.append(act)
+            self._changed.notify()
+        return future
+
     def stats(self) -> EngineStats:
         pages = self.cache.pages
         return EngineStats(
@@ -245,6 +268,8 @@ class Engine:
             if isinstance(message, Sequence):
                 self._sequences[message.id] = message
                 self._scheduler.add(message)
+            elif callable(message):
+                message()
             elif isinstance(message, AdapterRef):
                 for sequence in [s for s in self._sequences.values() if s.request.adapter == message]:
                     self._collector.fail(
@@ -255,6 +280,9 @@ class Engine:
 
     def _step(self, plan: Plan) -> None:
         started = time.perf_counter()
+        merged = self.base.merged.ref
+        for entry in plan.batch:
+            entry.sequence.merged = merged is not None and entry.sequence.request.adapter == merged
         try:
             inputs = self._builder.build(plan.batch)
             logits = self._runner.run(inputs)

@@ -38,8 +38,10 @@ class ProjectionGroup:
         self.widths = tuple(widths)
         self.offsets = tuple(sum(widths[:index]) for index in range(len(widths)))
         self.in_features = in_features
-        self.projection = projection
+        self.base_projection = projection
+        self.projection = projection  # what runs: another one while an adapter is merged
         self.bias = bias
+        self.correction: ProjectionDelta | None = None
         self.inputs: list[InputTransform] = []
         self.deltas: list[ProjectionDelta] = []
         self._given: torch.Tensor | None = None
@@ -63,10 +65,18 @@ class ProjectionGroup:
     def weight_of(self, name: str) -> torch.Tensor:
         """A member's weight [out_features, in_features], bit for bit the base's."""
         member = self.names.index(name)
-        return self.projection.weight()[self.offsets[member] : self.offsets[member] + self.widths[member]]
+        return self.base_projection.weight()[
+            self.offsets[member] : self.offsets[member] + self.widths[member]
+        ]
+
+    def run(self, projection: Projection | None, correction: ProjectionDelta | None) -> None:
+        """Use `projection`, and on its output first of all `correction`; None is the base's own."""
+        self.projection = self.base_projection if projection is None else projection
+        self.correction = correction
 
     def detach(self) -> None:
         """Forget every adapter method."""
+        self.run(None, None)
         self.inputs.clear()
         self.deltas.clear()
 
@@ -77,6 +87,8 @@ class ProjectionGroup:
             for transform in self.inputs:
                 rows = transform(rows)
             out = self.projection(rows)
+            if self.correction is not None:
+                self.correction(rows, out)
             for delta in self.deltas:
                 delta(rows, out)
             self._given, self._out = x, out.view(*x.shape[:-1], out.shape[-1])

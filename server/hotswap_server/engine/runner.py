@@ -21,6 +21,7 @@ class ModelRunner:
         """Logits [rows, vocabulary] in float32 of `inputs.logit_rows`; keys and values go to their pages."""
         state = self._base.state
         state.layout, state.slots = inputs.layout, inputs.slots
+        self._base.merged.use(inputs.merged)
         try:
             output = self._base.model(
                 input_ids=inputs.input_ids,

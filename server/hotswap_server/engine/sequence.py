@@ -47,6 +47,7 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values are in pages
     pages: list[int] = field(default_factory=list)  # those of the prefix come first
     slot: int | None = None  # the adapter's, held until the request ends
+    merged: bool = False  # whether the last step ran over weights that hold its adapter
     prefix: Prefix | None = None  # the adapter's, known when it has a slot
     seed: int = 0
     scored: list[TokenLogprob] = field(default_factory=list)
@@ -81,7 +82,10 @@ class Sequence:
 
     @property
     def path(self) -> ServingPath:
-        return ServingPath.BASE if self.request.adapter is None else ServingPath.BATCHED
+        """That of the last step."""
+        if self.request.adapter is None:
+            return ServingPath.BASE
+        return ServingPath.MERGED if self.merged else ServingPath.BATCHED
 
     @property
     def num_prefix_tokens(self) -> int:

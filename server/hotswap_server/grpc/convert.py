@@ -145,6 +145,7 @@ def adapter(info: AdapterInfo) -> adapters_pb2.Adapter:
         method_config=info.details,
         residency=_RESIDENCIES[info.residency],
         pinned=info.pinned,
+        merged=info.merged,
         running_requests=info.running,
         error=info.error or "",
     )

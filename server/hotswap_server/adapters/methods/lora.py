@@ -19,6 +19,7 @@ from hotswap_server.adapters.scales import ScaleTable
 from hotswap_server.adapters.targets import by_pattern, target_modules
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.merging import LowRankUpdate
 from hotswap_server.engine.projection import ProjectionGroup
 from hotswap_server.errors import AdapterInvalidError
 from hotswap_server.kernels import GroupedLora
@@ -156,6 +157,13 @@ class LoraMethod:
 
     def create_bank(self, base: BaseModel, options: BankOptions) -> LoraBank:
         return LoraBank(base, options)
+
+    def updates(self, adapter: LoraAdapter) -> dict[str, LowRankUpdate]:
+        """See `MergeableMethod`."""
+        return {
+            module: LowRankUpdate(a, b, adapter.scales.get(module))
+            for module, (a, b) in adapter.weights.items()
+        }
 
     def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> LoraAdapter:
         config = checkpoint.config
