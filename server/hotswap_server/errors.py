@@ -7,10 +7,12 @@ class HotswapError(Exception):
     """Base of the server's typed errors.
 
     `reason` is the stable UPPER_SNAKE_CASE identifier sent as `google.rpc.ErrorInfo.reason`;
-    `metadata` goes into the same message.
+    `metadata` goes into the same message. `transient` says that the storage may answer the very same call
+    differently a moment later, so that a loader tries again.
     """
 
     reason = "INTERNAL"
+    transient = False
 
     def __init__(self, message: str, **metadata: str) -> None:
         super().__init__(message)
@@ -39,10 +41,24 @@ class AdapterInvalidError(HotswapError):
     reason = "ADAPTER_INVALID"
 
 
+class AdapterDamagedError(AdapterInvalidError):
+    """The files are not those that were published: a size or a digest differs from the manifest's."""
+
+    reason = "ADAPTER_DAMAGED"
+
+
 class StoreUnavailableError(HotswapError):
     """The store could not be read; the same call may work later."""
 
     reason = "STORE_UNAVAILABLE"
+    transient = True
+
+
+class StoreDeniedError(StoreUnavailableError):
+    """The store does not let the server read; an operator has to change credentials or permissions."""
+
+    reason = "STORE_DENIED"
+    transient = False
 
 
 class AdapterInUseError(HotswapError):

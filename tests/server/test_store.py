@@ -17,6 +17,7 @@ from hotswap_server.errors import (
     AdapterInvalidError,
     AdapterNotFoundError,
     InvalidRequestError,
+    StoreDeniedError,
     StoreUnavailableError,
 )
 from safetensors.torch import save
@@ -386,6 +387,8 @@ def test_errors_of_the_storage_are_typed_and_tell_no_secret(tmp_path, monkeypatc
         with pytest.raises(StoreUnavailableError, match=type(error).__name__) as caught:
             store.resolve("acme/support")
     assert "secret" not in str(caught.value)
+    denied = isinstance(error, PermissionError)
+    assert (isinstance(caught.value, StoreDeniedError), caught.value.transient) == (denied, not denied)
     assert store.resolve("acme/support").version == 1, "nothing of the failure is remembered"
 
 

@@ -16,6 +16,7 @@ from hotswap_server.errors import (
     AdapterNotFoundError,
     HotswapError,
     InvalidRequestError,
+    StoreDeniedError,
     StoreUnavailableError,
 )
 
@@ -23,6 +24,8 @@ FileInfo = Mapping[str, Any]
 """What fsspec tells of a file: `type`, `size`, and what else its file system knows."""
 
 _CHUNK_BYTES = 16 << 20
+# By name, as their packages need not be installed.
+_DENIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"})
 _MAX_DEPTH = 3  # directories below the root: tenant, task, version
 
 
@@ -143,4 +146,9 @@ class StoreFiles:
             raise AdapterNotFoundError(f"{label} has just left the store", adapter=label) from None
         except Exception as error:
             kind = type(error).__name__  # the text may hold paths and credentials
+            if isinstance(error, PermissionError) or kind in _DENIALS:
+                raise StoreDeniedError(
+                    f"the store does not let this server read {label} ({kind}); give its user or credentials "
+                    f"the right to list and read the store"
+                ) from error
             raise StoreUnavailableError(f"the store could not be read for {label} ({kind})") from error

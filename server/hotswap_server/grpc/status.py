@@ -29,6 +29,7 @@ from hotswap_server.errors import (
     PermissionDeniedError,
     RateLimitedError,
     RequestCancelledError,
+    StoreDeniedError,
     StoreUnavailableError,
     UnauthenticatedError,
 )
@@ -64,6 +65,7 @@ _CODES: Final[tuple[tuple[type[HotswapError], grpc.StatusCode], ...]] = (
     (MergeRefusedError, grpc.StatusCode.FAILED_PRECONDITION),
     (AdapterUnloadedError, grpc.StatusCode.CANCELLED),
     (RequestCancelledError, grpc.StatusCode.CANCELLED),
+    (StoreDeniedError, grpc.StatusCode.FAILED_PRECONDITION),  # before the kind that it is one of
     (StoreUnavailableError, grpc.StatusCode.UNAVAILABLE),
     (DrainingError, grpc.StatusCode.UNAVAILABLE),
     (CapacityError, grpc.StatusCode.RESOURCE_EXHAUSTED),
@@ -101,7 +103,7 @@ def status_of(error: BaseException) -> RichStatus:
             field=error.field, description=message.removeprefix(f"{error.field}: ")
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if isinstance(error, OverloadedError | StoreUnavailableError | DrainingError):
+    if error.transient or isinstance(error, OverloadedError | DrainingError):
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS)))
     if isinstance(error, RateLimitedError):
         delay = Duration()
