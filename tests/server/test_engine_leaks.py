@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from hotswap_server.adapters.methods.lora import LoraBank
+from hotswap_server.adapters.methods.lora.bank import LoraBank
 from hotswap_server.adapters.residency import InUse
 from hotswap_server.core import Delta, GenerateRequest, SamplingParams
 from hotswap_server.engine.engine import Engine

@@ -46,7 +46,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
         added(f"{PREFIX}.q_proj.lora_magnitude_vector", 64),
         "lora_magnitude_vector: is of a DoRA",
     ),
-    "modules_to_save_field": (fields(modules_to_save=["lm_head"]), "modules_to_save"),
+    "modules_to_save_field": (
+        fields(modules_to_save=["lm_head"]),
+        r"modules_to_save \['lm_head'\] is not served.*target_modules instead",
+    ),
     "modules_to_save_tensor": (
         added("base_model.model.lm_head.modules_to_save.weight", 300, 64),
         "lm_head.modules_to_save.weight: modules_to_save",
@@ -57,15 +60,21 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     ),
     "embedding_tensor": (
         added("base_model.model.model.embed_tokens.lora_embedding_A", 4, 300),
-        "embed_tokens.lora_embedding_A: LoRA on an embedding",
+        "embed_tokens.lora_embedding_A: its partner .lora_embedding_B is missing",
     ),
-    "embedding_target": (fields(target_modules=["q_proj", "embed_tokens"]), "embed_tokens"),
+    "embedding_target": (
+        fields(target_modules=["q_proj", "v_proj", "embed_tokens"]),
+        "targets model.embed_tokens",
+    ),
     "lm_head_target": (fields(target_modules=["q_proj", "v_proj", "lm_head"]), "lm_head"),
     "trainable_tokens": (fields(trainable_token_indices=[1, 2]), "trainable_token_indices"),
-    "bias_field": (fields(bias="lora_only"), "bias 'lora_only'"),
+    "bias_field": (fields(bias="some"), "bias must be one of none, all, lora_only, got 'some'"),
     "bias_tensor": (added(f"{PREFIX}.q_proj.bias", 64), f"tensor {PREFIX}.q_proj.bias"),
-    "lora_bias_field": (fields(lora_bias=True), "lora_bias"),
-    "lora_bias_tensor": (added(f"{PREFIX}.q_proj.lora_B.bias", 64), "q_proj.lora_B.bias: lora_bias"),
+    "lora_bias_field": (fields(lora_bias=True), r"lora_B.bias: is missing.*lora_bias"),
+    "lora_bias_tensor": (
+        added(f"{PREFIX}.q_proj.lora_B.bias", 64),
+        r"q_proj.lora_B.bias: .*lora_bias.* has no place",
+    ),
     "unknown_field": (fields(use_quux=0.5), "use_quux = 0.5"),
     "layer_replication": (fields(layer_replication=[[0, 1], [0, 2]]), "layer_replication"),
     "alora": (fields(alora_invocation_tokens=[5]), "alora_invocation_tokens"),

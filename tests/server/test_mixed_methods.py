@@ -25,6 +25,7 @@ NEW_TOKENS = 24
 WRITERS: dict[str, Callable[[nn.Module, Path], object]] = {
     "lora4": partial(write_lora, r=4, target_modules="all-linear"),
     "lora9": partial(write_lora, seed=1, r=9, target_modules=["q_proj", "v_proj"]),
+    "embeddings": partial(write_lora, seed=3, r=3, target_modules=["embed_tokens", "lm_head", "up_proj"]),
     "houlsby": partial(write_bottleneck, bottleneck_size=8),
     "parallel": partial(
         write_bottleneck, seed=1, bottleneck_size=21, layout="parallel", activation="silu", after_mlp=False
@@ -39,7 +40,7 @@ WRITERS: dict[str, Callable[[nn.Module, Path], object]] = {
     "pfeiffer": partial(write_bottleneck, seed=2, bottleneck_size=5, layout="pfeiffer", residual=False),
     "prefix20": partial(write_prefix, tokens=20, seed=2),
 }
-TOGETHER = [None, "lora4", "lora9", "houlsby", "parallel", "prefix7", "prefix33", "ia3"]
+TOGETHER = [None, "lora4", "lora9", "embeddings", "houlsby", "parallel", "prefix7", "prefix33", "ia3"]
 METHODS = {"lora", "bottleneck", "prefix", "ia3"}
 
 
@@ -97,7 +98,7 @@ def test_all_methods_share_a_step(llama_base, tokenizer, store, oracles):
         assert max(step.distinct_adapters for step in running.recorder.steps) == len(TOGETHER) - 1
 
 
-@pytest.mark.parametrize("order", [1, 3])
+@pytest.mark.parametrize("order", [1, 5])
 def test_ragged_arrivals_preemption_and_eviction(order, llama_base, tokenizer, store, oracles):
     names = [None, *WRITERS] * 2
     requests = [(names[i * order % len(names)], 1 + 9 * i % 100, i) for i in range(len(names))]

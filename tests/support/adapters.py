@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,14 +82,21 @@ def write_lora(
     dtype: torch.dtype | None = None,
     **options: Any,
 ) -> Path:
-    """A LoRA with random weights, saved by PEFT. `std` is B's, `dtype` that of the file."""
+    """A LoRA with random weights, saved by PEFT. `std` is B's, `dtype` that of the file.
+
+    Where it trains the base's biases, they are others than the base's.
+    """
     torch.manual_seed(seed)
-    peft = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **options))
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(std=std if "lora_B" in name else 0.2)
-    peft.save_pretrained(directory)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")  # of tied, saved and biased layers
+        peft = get_peft_model(copy.deepcopy(model), LoraConfig(task_type="CAUSAL_LM", **options))
+        with torch.no_grad():
+            for name, parameter in peft.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(std=std if "lora_B" in name else 0.2)
+                elif parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter) * std)
+        peft.save_pretrained(directory)
     if dtype is not None:
         edit_tensors(directory, lambda tensors: {name: t.to(dtype) for name, t in tensors.items()})
     return directory
@@ -105,17 +113,22 @@ def edit_config(directory: Path, **fields: Any) -> None:
 
 
 class Oracle:
-    """The base and its adapters in PEFT, one request at a time."""
+    """The base and its adapters in PEFT, one request at a time.
+
+    Biases that an adapter brings stay in PEFT's base for good, so such an adapter needs one by itself.
+    """
 
     def __init__(self, model: nn.Module, directories: dict[str, Path]) -> None:
         self._base = model
         self._peft: PeftModel | None = None
         for name, directory in directories.items():
             key = name.replace("/", "_")
-            if self._peft is None:
-                self._peft = PeftModel.from_pretrained(copy.deepcopy(model), directory, adapter_name=key)
-            else:
-                self._peft.load_adapter(directory, adapter_name=key)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", module="peft")
+                if self._peft is None:
+                    self._peft = PeftModel.from_pretrained(copy.deepcopy(model), directory, adapter_name=key)
+                else:
+                    self._peft.load_adapter(directory, adapter_name=key)
 
     def model(self, adapter: str | None) -> nn.Module:
         if adapter is None or self._peft is None:

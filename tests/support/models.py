@@ -27,7 +27,7 @@ MAX_CONTEXT = 1024
 SLIDING_WINDOW = 24
 _NO_TOKEN = 10**9  # as an end of sequence: None would mean the model's own
 
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -44,13 +44,13 @@ _SHAPE: dict[str, Any] = {
 _GEMMA: dict[str, Any] = {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": SLIDING_WINDOW}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_SHAPE),
-    "qwen2": Qwen2Config(**_SHAPE),
-    "qwen3": Qwen3Config(**_SHAPE, head_dim=32),
-    "mistral": MistralConfig(**_SHAPE, sliding_window=SLIDING_WINDOW),
-    "gemma": GemmaConfig(**_SHAPE, head_dim=32),
-    "gemma2": Gemma2Config(**_SHAPE, **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
-    "gemma3": Gemma3TextConfig(**_SHAPE, **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
+    "llama": LlamaConfig(**SHAPE),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "mistral": MistralConfig(**SHAPE, sliding_window=SLIDING_WINDOW),
+    "gemma": GemmaConfig(**SHAPE, head_dim=32),
+    "gemma2": Gemma2Config(**SHAPE, **_GEMMA, attn_logit_softcapping=5.0, final_logit_softcapping=8.0),
+    "gemma3": Gemma3TextConfig(**SHAPE, **_GEMMA, layer_types=["sliding_attention", "full_attention"]),
 }
 
 

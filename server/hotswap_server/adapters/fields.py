@@ -55,5 +55,5 @@ def check_targets(expected: set[str], present: set[str], suffix: str) -> None:
     if unused := sorted(present - expected):
         raise AdapterInvalidError(
             f"tensor {MODULE_PREFIX}{unused[0]}{suffix}: its module is no target of adapter_config.json or "
-            "no linear layer of the base's decoder, so nothing would use it"
+            "no layer of the base that it could adapt, so nothing would use it"
         )

@@ -1,4 +1,4 @@
-"""Factors per feature and slot, for methods that scale what a projection takes or gives."""
+"""A number per feature and slot, for methods that scale or shift what a module takes or gives."""
 
 from __future__ import annotations
 
@@ -8,19 +8,37 @@ from hotswap_server.engine.base import BaseModel
 from hotswap_server.kernels import TokenSlots
 
 
-class ScaleTable:
-    """[slots + 1, features]. The last row is ones: the row that -1, for a token without a slot, means."""
+class FeatureTable:
+    """[slots + 1, features], `neutral` until `put`. The last row stays so: it is what -1 means."""
 
-    def __init__(self, base: BaseModel, num_slots: int, features: int) -> None:
-        self._table = torch.ones(num_slots + 1, features, dtype=base.dtype, device=base.device)
+    def __init__(self, base: BaseModel, num_slots: int, features: int, *, neutral: float) -> None:
+        self._neutral = neutral
+        self._touched: frozenset[int] = frozenset()
+        self._table = torch.full((num_slots + 1, features), neutral, dtype=base.dtype, device=base.device)
 
     def reset(self, slot: int) -> None:
-        self._table[slot] = 1.0
+        self._table[slot] = self._neutral
+        self._touched -= {slot}
 
-    def put(self, slot: int, offset: int, scale: torch.Tensor) -> None:
-        """Set the factors of the features from `offset` on."""
-        self._table[slot, offset : offset + scale.shape[0]] = scale
+    def put(self, slot: int, offset: int, values: torch.Tensor) -> None:
+        """Set the features from `offset` on."""
+        self._table[slot, offset : offset + values.shape[0]] = values
+        self._touched |= {slot}
 
-    def rows(self, slots: TokenSlots) -> torch.Tensor:
-        """The factors of each token, [tokens, features]."""
-        return self._table[slots.index.long()]
+    def rows(self, slots: TokenSlots) -> torch.Tensor | None:
+        """The numbers of each token, [tokens, features]; None if all are neutral."""
+        return None if self._touched.isdisjoint(slots.used) else self._table[slots.index.long()]
+
+
+class ScaleTable(FeatureTable):
+    """Factors."""
+
+    def __init__(self, base: BaseModel, num_slots: int, features: int) -> None:
+        super().__init__(base, num_slots, features, neutral=1.0)
+
+
+class ShiftTable(FeatureTable):
+    """Summands."""
+
+    def __init__(self, base: BaseModel, num_slots: int, features: int) -> None:
+        super().__init__(base, num_slots, features, neutral=0.0)

@@ -14,8 +14,12 @@ _ALL_LINEAR = "all-linear"  # PEFT resolves it before it saves; others may not
 _MAX_PATTERN = 2000  # characters
 
 
-def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[str]:
+def target_modules(
+    config: Mapping[str, object], modules: Iterable[str], *, linears: Iterable[str] | None = None
+) -> set[str]:
     """Those of `modules` that the fields `target_modules`, `exclude_modules` and `layers_*` select.
+
+    `linears` are those that `all-linear` means, by default all.
 
     Raises:
         AdapterInvalidError: a field has the wrong type, a pattern is no regular expression, or a target
@@ -26,7 +30,7 @@ def target_modules(config: Mapping[str, object], modules: Iterable[str]) -> set[
     if targets is None or not targets:
         raise AdapterInvalidError("adapter_config.json: target_modules is empty; name the adapted modules")
     if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
-        selected = set(names)
+        selected = set(names if linears is None else linears)
     elif isinstance(targets, str):
         pattern = _compile("target_modules", targets)
         selected = {name for name in names if pattern.fullmatch(name)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,17 @@ class StepState:
         self.key_caches: list[torch.Tensor] = []
         self.value_caches: list[torch.Tensor] = []
         self.slots: dict[str, TokenSlots] = {}
+        self.logit_rows: torch.Tensor | None = None
+
+    def slots_of(self, method: str, touched: Set[int], *, at_logits: bool = False) -> TokenSlots | None:
+        """The slots of `method`, if the step has tokens of one of `touched`, which are those that matter.
+
+        `at_logits`: of the rows that the output embedding sees, not of all tokens.
+        """
+        slots = self.slots.get(method)
+        if slots is None or slots.used.isdisjoint(touched):
+            return None
+        return slots.at(self.logit_rows) if at_logits and self.logit_rows is not None else slots
 
 
 _trace_sites: dict[nn.Module, AttentionSite] | None = None

@@ -16,6 +16,7 @@ from hotswap_server.engine.blocks import Block, BlocksNotFoundError, Call, find_
 from hotswap_server.engine.merging import MergedWeights
 from hotswap_server.engine.prefixes import Prefix
 from hotswap_server.engine.projection import GroupedProjection, ProjectionGroup
+from hotswap_server.engine.sites import EmbeddingSite, OutputSite, find_biased, find_embedding
 from hotswap_server.errors import BaseModelError
 from hotswap_server.kernels import Kernels
 
@@ -30,7 +31,9 @@ class BaseModel:
 
     `projections` are the groups of linear layers inside the decoder that share an input, by their members'
     module names; `attention` is one entry per decoder layer, in order; `blocks` are the sub-layers, none
-    where they cannot be told, for the reason in `blocks_problem`.
+    where they cannot be told, for the reason in `blocks_problem`. `head` is the group of the output embedding
+    alone, which sees the step's logit rows; `tied_head` says whether its weight is the embedding's. `biased`
+    are the other modules with a bias.
     """
 
     model: nn.Module
@@ -48,17 +51,26 @@ class BaseModel:
     blocks_problem: str = ""
     prefixes: dict[tuple[str, int], Prefix] = field(default_factory=dict)
     """What adapters put before a sequence's own keys and values, by method and slot."""
-
+    head: ProjectionGroup | None = None
+    tied_head: bool = False
+    embedding: EmbeddingSite | None = None
+    biased: tuple[OutputSite, ...] = ()
+    biases: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Every bias of the base, by the name of its module."""
     merged: MergedWeights = field(default_factory=MergedWeights)
     """The adapter that is in the projections' weights, if one is."""
+
+    @property
+    def groups(self) -> tuple[ProjectionGroup, ...]:
+        """`projections` and the head."""
+        return self.projections if self.head is None else (*self.projections, self.head)
 
     def detach_adapters(self) -> None:
         """Take every adapter method off the base."""
         self.merged.install(None)
-        for group in self.projections:
-            group.detach()
-        for block in self.blocks:
-            block.detach()
+        for place in (*self.groups, *self.blocks, self.embedding, *self.biased):
+            if place is not None:
+                place.detach()
         self.prefixes.clear()
 
     @property
@@ -98,13 +110,21 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
     shapes = {name: (module.out_features, module.in_features) for group in linears for name, module in group}
     names = {module: name for name, module in model.named_modules()}
     state = StepState(kernels)
+    grouped = {name for group in linears for name, _ in group} | (
+        {names[head]} if head is not None else set()
+    )
+    biases = _biases(model)
+    biased = find_biased(calls, grouped, state)
     blocks, problem = _blocks(model, sites, calls, state)
+    embedding = find_embedding(model, state)
+    tied = embedding is not None and head is not None and head.weight is embedding.weight
     groups = []
+    head_group = None
     with torch.inference_mode():
         for members in linears:
             groups.append(_replace(model, members, kernels))
         if isinstance(head, nn.Linear):
-            _replace(model, [(names[head], head)], kernels)
+            head_group = _replace(model, [(names[head], head)], kernels)
     for module in model.modules():
         if hasattr(module, "layer_idx"):
             module.hotswap_state = state  # type: ignore[assignment]
@@ -122,6 +142,11 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
         eos_token_ids=_eos_token_ids(model),
         linear_shapes=shapes,
         blocks_problem=problem,
+        head=head_group,
+        tied_head=tied,
+        embedding=embedding,
+        biased=biased,
+        biases=biases,
     )
 
 
@@ -181,6 +206,14 @@ def _groups(calls: Iterable[Call]) -> list[list[tuple[str, nn.Linear]]]:
             groups.append([(call.name, call.module)])
         shared = call.given
     return groups
+
+
+def _biases(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name.removesuffix(".bias"): parameter.detach()
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if name.endswith(".bias")
+    }
 
 
 def _blocks(

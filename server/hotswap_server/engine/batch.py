@@ -133,6 +133,7 @@ def token_slots(index: np.ndarray, device: torch.device) -> TokenSlots:
         index=torch.from_numpy(index).to(device),
         rest=torch.from_numpy(rest).to(device) if (rest >= 0).any() else None,
         long=long,
+        used=frozenset(index[edges[:-1]].tolist()) - {-1},
     )
 
 

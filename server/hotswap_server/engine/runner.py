@@ -20,7 +20,7 @@ class ModelRunner:
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [rows, vocabulary] in float32 of `inputs.logit_rows`; keys and values go to their pages."""
         state = self._base.state
-        state.layout, state.slots = inputs.layout, inputs.slots
+        state.layout, state.slots, state.logit_rows = inputs.layout, inputs.slots, inputs.logit_rows
         self._base.merged.use(inputs.merged)
         try:
             output = self._base.model(
@@ -30,6 +30,6 @@ class ModelRunner:
                 logits_to_keep=inputs.logit_rows,
             )
         finally:
-            state.layout, state.slots = None, {}
+            state.layout, state.slots, state.logit_rows = None, {}, None
         logits: torch.Tensor = output.logits[0]
         return logits.float()

@@ -25,12 +25,18 @@ class TokenSlots:
 
     `index` is [tokens] int32, -1 where the token has no adapter of this method. `long` are runs of tokens
     that pay for a matrix product of their own; `rest` is `index` without them (-1 there), None when nothing
-    remains.
+    remains. `used` has every slot in `index`, and may have more: whoever changes none of these is not run.
     """
 
     index: torch.Tensor
     rest: torch.Tensor | None
     long: tuple[Segment, ...]
+    used: frozenset[int]
+
+    def at(self, rows: torch.Tensor) -> TokenSlots:
+        """The same for `rows` [rows] int64 of the tokens alone. Waits for no device."""
+        index = self.index[rows]
+        return TokenSlots(index=index, rest=index, long=(), used=self.used)
 
     @property
     def segments(self) -> list[Segment]:

@@ -71,8 +71,8 @@ class _OutputScale:
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         slots = self._state.slots.get(METHOD.name)
-        if slots is not None:
-            out.mul_(self._table.rows(slots))
+        if slots is not None and (factors := self._table.rows(slots)) is not None:
+            out.mul_(factors)
 
 
 class _InputScale:
@@ -82,7 +82,8 @@ class _InputScale:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         slots = self._state.slots.get(METHOD.name)
-        return x if slots is None else x * self._table.rows(slots)
+        factors = None if slots is None else self._table.rows(slots)
+        return x if factors is None else x * factors
 
 
 class Ia3Method:
