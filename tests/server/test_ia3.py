@@ -12,6 +12,8 @@ VARIANTS = {
     "usual": {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
     "outputs": {"target_modules": ["q_proj", "o_proj", "up_proj"], "feedforward_modules": []},
     "attention_input": {"target_modules": ["o_proj", "k_proj"], "feedforward_modules": ["o_proj"]},
+    "head": {"target_modules": ["v_proj", "lm_head"], "feedforward_modules": []},
+    "head_input": {"target_modules": ["lm_head"], "feedforward_modules": ["lm_head"]},
     "regex": {
         "target_modules": r".*layers\.1\..*(v_proj|down_proj)",
         "feedforward_modules": r".*down_proj",

@@ -249,7 +249,7 @@ def test_others_do_not_pay(tokenizer, tmp_path, monkeypatch):
         touched = []
         monkeypatch.setattr(
             "hotswap_server.adapters.scales.FeatureTable.rows",
-            lambda table, slots: touched.append(not table._touched.isdisjoint(slots.used)),
+            lambda table, slots: touched.append(not table.touched.isdisjoint(slots.used)),
         )
         start(running, "plain", prompt).result()
         assert touched

@@ -16,6 +16,22 @@ WRITERS = {
     "dora4": partial(
         write_lora, r=4, lora_alpha=8, target_modules=["o_proj", "down_proj"], use_dora=True, std=0.02
     ),
+    "embeddings": partial(
+        write_lora,
+        r=8,
+        lora_alpha=8,
+        target_modules=["q_proj", "embed_tokens", "lm_head"],
+        alpha_pattern={"embed_tokens": 0.5},
+        std=0.02,
+    ),
+    "biases": partial(
+        write_lora,
+        r=4,
+        target_modules=["v_proj", "down_proj", "lm_head"],
+        lora_bias=True,
+        bias="all",
+        std=0.05,
+    ),
     "houlsby": partial(write_bottleneck, bottleneck_size=64, std=0.03),
     "parallel": partial(
         write_bottleneck, bottleneck_size=16, layout="parallel", activation="gelu", std=0.05, after_mlp=False
@@ -27,7 +43,7 @@ WRITERS = {
     ),
 }
 NEW_TOKENS = 24
-LENGTHS = (40, 1, 150, 17, 64, 5, 33, 90)
+LENGTHS = (40, 1, 150, 17, 64, 5, 33, 90, 12, 70)
 
 
 @pytest.mark.slow

@@ -148,7 +148,9 @@ def write_ia3(model: nn.Module, directory: Path, *, seed: int = 0, **options: An
         for name, parameter in peft.named_parameters():
             if "ia3_l" in name:
                 parameter.normal_(mean=1.0, std=0.7)
-    peft.save_pretrained(directory)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="peft")  # of saved embeddings
+        peft.save_pretrained(directory)
     return directory
 
 

@@ -9,25 +9,28 @@ from hotswap_server.kernels import TokenSlots
 
 
 class FeatureTable:
-    """[slots + 1, features], `neutral` until `put`. The last row stays so: it is what -1 means."""
+    """[slots + 1, features], `neutral` until `put`, which `touched` says of which slots.
+
+    The last row stays neutral: it is what -1 means.
+    """
 
     def __init__(self, base: BaseModel, num_slots: int, features: int, *, neutral: float) -> None:
         self._neutral = neutral
-        self._touched: frozenset[int] = frozenset()
+        self.touched: frozenset[int] = frozenset()
         self._table = torch.full((num_slots + 1, features), neutral, dtype=base.dtype, device=base.device)
 
     def reset(self, slot: int) -> None:
         self._table[slot] = self._neutral
-        self._touched -= {slot}
+        self.touched -= {slot}
 
     def put(self, slot: int, offset: int, values: torch.Tensor) -> None:
         """Set the features from `offset` on."""
         self._table[slot, offset : offset + values.shape[0]] = values
-        self._touched |= {slot}
+        self.touched |= {slot}
 
     def rows(self, slots: TokenSlots) -> torch.Tensor | None:
         """The numbers of each token, [tokens, features]; None if all are neutral."""
-        return None if self._touched.isdisjoint(slots.used) else self._table[slots.index.long()]
+        return None if self.touched.isdisjoint(slots.used) else self._table[slots.index.long()]
 
 
 class ScaleTable(FeatureTable):

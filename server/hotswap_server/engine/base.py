@@ -47,7 +47,7 @@ class BaseModel:
     max_context: int
     eos_token_ids: frozenset[int]
     linear_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """(out_features, in_features) of every linear module an adapter may target, by module name."""
+    """(out_features, in_features) of every linear module inside the decoder, by module name."""
     blocks_problem: str = ""
     prefixes: dict[tuple[str, int], Prefix] = field(default_factory=dict)
     """What adapters put before a sequence's own keys and values, by method and slot."""
@@ -64,6 +64,12 @@ class BaseModel:
     def groups(self) -> tuple[ProjectionGroup, ...]:
         """`projections` and the head."""
         return self.projections if self.head is None else (*self.projections, self.head)
+
+    @property
+    def head_shape(self) -> dict[str, tuple[int, int]]:
+        """As `linear_shapes`, of the head."""
+        head = self.head
+        return {} if head is None else {head.names[0]: (head.widths[0], head.in_features)}
 
     def detach_adapters(self) -> None:
         """Take every adapter method off the base."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.adapters.copies import is_copy
 from hotswap_server.adapters.fields import MODULE_PREFIX, check_fields, check_targets
 from hotswap_server.adapters.method import BankOptions, shown_fields
 from hotswap_server.adapters.scales import ScaleTable
@@ -44,15 +45,16 @@ class Ia3Bank:
         self._inputs: dict[ProjectionGroup, ScaleTable] = {}
 
     def put(self, slot: int, adapter: Ia3Adapter) -> None:
-        for group in self._base.projections:
+        for group in self._base.groups:
+            at_logits = group is self._base.head
             if group not in self._outputs and any(name in adapter.output_scales for name in group.names):
                 table = ScaleTable(self._base, self.num_slots, sum(group.widths))
                 self._outputs[group] = table
-                group.deltas.append(_OutputScale(self._base.state, table))
+                group.deltas.append(_OutputScale(self._base.state, table, at_logits))
             if group not in self._inputs and group.names[0] in adapter.input_scales:
                 table = ScaleTable(self._base, self.num_slots, group.in_features)
                 self._inputs[group] = table
-                group.inputs.append(_InputScale(self._base.state, table))
+                group.inputs.append(_InputScale(self._base.state, table, at_logits))
         for group, table in self._outputs.items():
             table.reset(slot)
             for name, offset in zip(group.names, group.offsets, strict=True):
@@ -64,25 +66,27 @@ class Ia3Bank:
                 table.put(slot, 0, scale)
 
 
-class _OutputScale:
-    def __init__(self, state: StepState, table: ScaleTable) -> None:
+class _Scale:
+    def __init__(self, state: StepState, table: ScaleTable, at_logits: bool) -> None:
         self._state = state
         self._table = table
+        self._at_logits = at_logits
 
+    def factors(self) -> torch.Tensor | None:
+        """Of this step's rows, if an adapter of the batch has any."""
+        slots = self._state.slots_of(METHOD.name, self._table.touched, at_logits=self._at_logits)
+        return None if slots is None else self._table.rows(slots)
+
+
+class _OutputScale(_Scale):
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        slots = self._state.slots.get(METHOD.name)
-        if slots is not None and (factors := self._table.rows(slots)) is not None:
+        if (factors := self.factors()) is not None:
             out.mul_(factors)
 
 
-class _InputScale:
-    def __init__(self, state: StepState, table: ScaleTable) -> None:
-        self._state = state
-        self._table = table
-
+class _InputScale(_Scale):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        slots = self._state.slots.get(METHOD.name)
-        factors = None if slots is None else self._table.rows(slots)
+        factors = self.factors()
         return x if factors is None else x * factors
 
 
@@ -100,15 +104,18 @@ class Ia3Method:
         check_fields(config, read=_READ, without_effect=_WITHOUT_EFFECT)
         scales = {}
         for name, tensor in checkpoint.tensors.items():
+            if is_copy(name, tensor, base):
+                continue
             if not (name.startswith(MODULE_PREFIX) and name.endswith(_SUFFIX)):
                 raise AdapterInvalidError(f"tensor {name}: is no part of an IA3, and nothing would use it")
             scales[name[len(MODULE_PREFIX) : -len(_SUFFIX)]] = tensor
-        check_targets(target_modules(config, base.linear_shapes), set(scales), _SUFFIX)
-        groups = {name: group for group in base.projections for name in group.names}
+        shapes = base.linear_shapes | base.head_shape
+        check_targets(target_modules(config, shapes, linears=base.linear_shapes), set(scales), _SUFFIX)
+        groups = {name: group for group in base.groups for name in group.names}
         outputs: dict[str, torch.Tensor] = {}
         inputs: dict[str, torch.Tensor] = {}
         for module, tensor in scales.items():
-            out_features, in_features = base.linear_shapes[module]
+            out_features, in_features = shapes[module]
             feed_forward = matches(config, "feedforward_modules", module)
             shape = (1, in_features) if feed_forward else (out_features, 1)
             if tuple(tensor.shape) != shape:

@@ -121,9 +121,7 @@ def _check_fields(config: Mapping[str, object]) -> None:
 
 def _shapes(base: BaseModel) -> dict[str, tuple[int, int]]:
     """(out_features, in_features) of every module that a LoRA may adapt."""
-    shapes = dict(base.linear_shapes)
-    if base.head is not None:
-        shapes[base.head.names[0]] = (base.head.widths[0], base.head.in_features)
+    shapes = base.linear_shapes | base.head_shape
     if base.embedding is not None:
         shapes[base.embedding.name] = (base.embedding.width, base.embedding.weight.shape[0])
     return shapes

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hotswap_server.adapters.copies import is_copy
 from hotswap_server.adapters.fields import MODULE_PREFIX
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.errors import AdapterInvalidError
@@ -16,7 +17,6 @@ EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
 LORA_BIAS = ".lora_B.bias"
 ADAPTED_BIAS, BIAS = ".base_layer.bias", ".bias"
-_WEIGHTS = (".base_layer.weight", ".weight")
 
 _PARTNERS = {A: B, B: A, EMBEDDING_A: EMBEDDING_B, EMBEDDING_B: EMBEDDING_A}
 
@@ -64,8 +64,8 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], base: BaseModel) -> LoraTe
                 found.lora_biases[local.removesuffix(LORA_BIAS)] = tensor
             elif local.endswith(BIAS):
                 found.biases[local] = tensor
-            else:
-                _check_copy(name, local, tensor, base)
+            elif not is_copy(name, tensor, base):
+                raise _useless(name)
     for (module, suffix), tensor in halves.items():
         partner = halves.get((module, _PARTNERS[suffix]))
         if partner is None:
@@ -75,22 +75,6 @@ def sort_tensors(tensors: Mapping[str, torch.Tensor], base: BaseModel) -> LoraTe
         elif suffix == EMBEDDING_A:
             found.embedding_pairs[module] = (tensor, partner)
     return found
-
-
-def _check_copy(name: str, local: str, tensor: torch.Tensor, base: BaseModel) -> None:
-    module = next((local.removesuffix(end) for end in _WEIGHTS if local.endswith(end)), None)
-    if module is not None and base.embedding is not None and module == base.embedding.name:
-        weight = base.embedding.weight
-    elif module is not None and base.head is not None and module in base.head.names:
-        weight = base.head.weight_of(module)
-    else:
-        raise _useless(name)
-    if not torch.equal(tensor.to(base.dtype), weight.cpu()):
-        raise AdapterInvalidError(
-            f"tensor {name}: is another weight than the base's, so the embeddings were trained in full or "
-            "resized, or the adapter is of another base or precision; adapt them with LoRA, and save with "
-            "save_embedding_layers=False"
-        )
 
 
 def _useless(name: str) -> AdapterInvalidError:
