@@ -19,6 +19,7 @@ import torch
 from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
 
 from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.merges import MergeOptions
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.config import ServeSettings, flag_of
 from hotswap_server.engine.base import BaseModel, load_base
@@ -151,7 +152,13 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
     settings, metrics = loaded.settings, loaded.metrics
     try:
         engine = EngineService(
-            loaded.base, loaded.tokenizer, loaded.adapters, _engine_options(settings), observer=metrics
+            loaded.base,
+            loaded.tokenizer,
+            loaded.adapters,
+            _engine_options(settings),
+            observer=metrics,
+            merging=MergeOptions(settings.merge_policy, settings.merge_share, settings.merge_window),
+            merge_observer=metrics,
         )
     except InvalidRequestError as error:
         loaded.adapters.close()

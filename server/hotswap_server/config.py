@@ -72,6 +72,16 @@ class ServeSettings(BaseSettings):
         60.0, gt=0, description="Longest that the store may take to find or load an adapter, in seconds."
     )
 
+    merge_policy: Literal["off", "manual", "auto"] = Field(
+        "manual", description="Who merges a LoRA into the base: nobody, MergeAdapter, or also the traffic."
+    )
+    merge_share: float = Field(
+        0.9, gt=0.5, le=1, description="With auto: the share of all tokens that one adapter must have."
+    )
+    merge_window: float = Field(
+        30.0, gt=0, description="With auto: the time for which it must have had it, in seconds."
+    )
+
     max_queue: int = Field(
         1024, ge=1, description="Most waiting requests; more are answered RESOURCE_EXHAUSTED."
     )
@@ -110,7 +120,7 @@ class ServeSettings(BaseSettings):
     )
     log_format: Literal["json", "console"] = Field("console", description="Form of a log line.")
 
-    @field_validator("load_deadline", "max_timeout", "drain_timeout")
+    @field_validator("load_deadline", "merge_window", "max_timeout", "drain_timeout")
     @classmethod
     def _finite(cls, value: float) -> float:
         if not math.isfinite(value):

@@ -133,6 +133,13 @@ class Metrics:
         )
         self._load_failures = self._counter("adapter_load_failures", "Loads that failed.", "method", "reason")
 
+        self._merge_seconds = self._histogram(
+            "adapter_merge_seconds", "Time to merge an adapter into the base.", _REQUEST_BUCKETS
+        )
+        self._merges = self._counter("adapter_merges", "Adapters that were merged into the base.")
+        self._unmerges = self._counter("adapter_unmerges", "Adapters that were taken out of it.")
+        self._merged = self._gauge("adapters_merged", "Adapters that are in the base's weights.")
+
     def describe_build(self, **facts: str) -> None:
         """Show `facts` as the labels of `hotswap_build_info`."""
         Info("build", "What is running.", namespace="hotswap", registry=self.registry).info(facts)
@@ -199,6 +206,15 @@ class Metrics:
 
     def failed(self, ref: AdapterRef, error: Exception) -> None:
         self._load_failures.labels(ref.method, error_reason(error).lower()).inc()
+
+    def merged(self, ref: AdapterRef, seconds: float) -> None:
+        self._merges.inc()
+        self._merged.inc()
+        self._merge_seconds.observe(seconds)
+
+    def unmerged(self, ref: AdapterRef) -> None:
+        self._unmerges.inc()
+        self._merged.dec()
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(name, text, labels, namespace="hotswap", registry=self.registry)

@@ -21,6 +21,18 @@ from hotswap_server.errors import MergeRefusedError
 _log = structlog.get_logger(__name__)
 
 
+MERGE_POLICIES = ("off", "manual", "auto")
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """`policy` is one of MERGE_POLICIES; the rest is for `auto`, see `MergePolicy`."""
+
+    policy: str = "manual"
+    share: float = 0.9
+    window_s: float = 30.0
+
+
 @dataclass(frozen=True, slots=True)
 class MergeChange:
     """A version after it was merged or unmerged, and the seconds that took; 0 if there was nothing to do."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -295,7 +295,9 @@ class Engine:
                     self._collector.fail(entry.sequence, error)
             return
         decode = sum(entry.num_new == 1 for entry in plan.batch)
-        adapters = {entry.sequence.request.adapter for entry in plan.batch} - {None}
+        tokens: Counter[AdapterRef | None] = Counter()
+        for entry in plan.batch:
+            tokens[entry.sequence.request.adapter] += entry.num_new
         stats = self.stats()
         self._observer.step(
             StepRecord(
@@ -303,11 +305,12 @@ class Engine:
                 num_prefill_tokens=sum(entry.num_new for entry in plan.batch) - decode,
                 num_decode_tokens=decode,
                 batch_size=len(plan.batch),
-                distinct_adapters=len(adapters),
+                distinct_adapters=len(tokens.keys() - {None}),
                 running=stats.running,
                 waiting=stats.waiting,
                 kv_pages_used=stats.kv_pages_used,
                 kv_pages_total=stats.kv_pages_total,
+                adapter_tokens=tokens,
             )
         )
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import structlog
 
-from hotswap_server.core import FinishReason, ServingPath, Timings
+from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings
 
 _log = structlog.get_logger(__name__)
 
@@ -25,6 +26,8 @@ class StepRecord:
     waiting: int
     kv_pages_used: int
     kv_pages_total: int
+    adapter_tokens: Mapping[AdapterRef | None, int] = field(default_factory=dict)
+    """The step's tokens by adapter, None being the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,21 @@ class GuardedObserver:
             self._observer.finished(record)
         except Exception:
             _log.exception("observer_failed")
+
+
+class SeveralObservers:
+    """Passes records on to each, whatever the others raise."""
+
+    def __init__(self, *observers: EngineObserver) -> None:
+        self._observers = [GuardedObserver(observer) for observer in observers]
+
+    def step(self, record: StepRecord) -> None:
+        for observer in self._observers:
+            observer.step(record)
+
+    def finished(self, record: RequestRecord) -> None:
+        for observer in self._observers:
+            observer.finished(record)
 
 
 class NullObserver:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
+from hotswap_server.adapters.auto_merge import AutoMerge
 from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.merges import MergeObserver, MergeOptions, Merges
 from hotswap_server.core import Delta, Event, Failed, Finished, GenerateRequest, Scored, ScoreRequest
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.engine import Engine, EngineOptions, EngineStats, deliver
-from hotswap_server.engine.observer import EngineObserver
+from hotswap_server.engine.merge_policy import MergePolicy
+from hotswap_server.engine.observer import EngineObserver, SeveralObservers
 from hotswap_server.engine.sequence import EventSink
 
 _DRAIN_POLL_S = 0.02
+
+T = TypeVar("T")
 
 
 class EngineService:
@@ -28,13 +34,32 @@ class EngineService:
         options: EngineOptions | None = None,
         *,
         observer: EngineObserver | None = None,
+        merging: MergeOptions | None = None,
+        merge_observer: MergeObserver | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._engine = Engine(base, tokenizer, adapters, options, post=self._post, observer=observer)
+        merging = merging or MergeOptions()
+        self.merges = Merges(
+            adapters,
+            base,
+            self._between_steps,
+            enabled=merging.policy != "off",
+            observer=merge_observer,
+        )
+        observers = [] if observer is None else [observer]
+        if merging.policy == "auto":
+            policy = MergePolicy(share=merging.share, window_s=merging.window_s)
+            observers.append(AutoMerge(policy, self.merges))
+        self._engine = Engine(
+            base, tokenizer, adapters, options, post=self._post, observer=SeveralObservers(*observers)
+        )
         self.adapters = adapters
         adapters.on_change = self._engine.wake
         adapters.cancel_users = self._engine.cancel_adapter
         self._engine.start()
+
+    def _between_steps(self, action: Callable[[], T]) -> Future[T]:
+        return self._engine.between_steps(action)
 
     @property
     def base(self) -> BaseModel:
@@ -103,6 +128,7 @@ class EngineService:
     def close(self) -> None:
         """End the engine, failing what is left in it with `DrainingError`, and the loading of adapters."""
         self._engine.stop()
+        self.merges.close()
         self.adapters.close()
 
     def _post(self, events: list[tuple[EventSink, Event]]) -> None:

@@ -9,16 +9,16 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import groupby
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc
 
 from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.merges import Merges
 from hotswap_server.adapters.residency import AdapterInfo, InUse, Residency
 from hotswap_server.errors import InvalidRequestError
 from hotswap_server.grpc import convert
 from hotswap_server.grpc.interceptors import current_call
-from hotswap_server.grpc.status import NotImplementedByServerError
 from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import method_label
 
@@ -43,8 +43,9 @@ _IN_USE = {
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     """The manager's calls block on the store, so they run as `StoreCalls`."""
 
-    def __init__(self, manager: AdapterManager, store: StoreCalls) -> None:
+    def __init__(self, manager: AdapterManager, merges: Merges, store: StoreCalls) -> None:
         self._manager = manager
+        self._merges = merges
         self._store = store
 
     async def ListAdapters(
@@ -137,12 +138,23 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def MergeAdapter(
         self, request: adapters_pb2.MergeAdapterRequest, context: Any
     ) -> adapters_pb2.MergeAdapterResponse:
-        _not_implemented("merges adapters; its requests run batched")
+        name, version = _named(request)
+        ref = await self._store.run(lambda: self._manager.resolve(name, version))
+        change = await asyncio.wrap_future(self._merges.merge(ref))
+        _tell(change.info)
+        return adapters_pb2.MergeAdapterResponse(
+            adapter=convert.adapter(change.info), merge_seconds=change.seconds
+        )
 
     async def UnmergeAdapter(
         self, request: adapters_pb2.UnmergeAdapterRequest, context: Any
     ) -> adapters_pb2.UnmergeAdapterResponse:
-        _not_implemented("merges adapters, so none is merged")
+        name, version = _named(request)
+        change = await asyncio.wrap_future(self._merges.unmerge(name, version))
+        _tell(change.info)
+        return adapters_pb2.UnmergeAdapterResponse(
+            adapter=convert.adapter(change.info), unmerge_seconds=change.seconds
+        )
 
     async def _future(self, begin: Callable[[], Future[T]]) -> T:
         return await asyncio.wrap_future(await self._store.run(begin))
@@ -158,10 +170,6 @@ def _tell(info: AdapterInfo) -> None:
     call = current_call()
     call.method = method_label(info.ref.method)
     call.facts["version"] = info.ref.version
-
-
-def _not_implemented(what: str) -> NoReturn:
-    raise NotImplementedByServerError(f"this server never {what}")
 
 
 def _order(info: AdapterInfo) -> tuple[str, int]:

@@ -51,12 +51,6 @@ class TimeLimitError(HotswapError):
     reason = "TIME_LIMIT"
 
 
-class NotImplementedByServerError(HotswapError):
-    """The API has this call; this server does not."""
-
-    reason = "NOT_IMPLEMENTED"
-
-
 _CODES: Final[tuple[tuple[type[HotswapError], grpc.StatusCode], ...]] = (
     (InvalidRequestError, grpc.StatusCode.INVALID_ARGUMENT),
     (AdapterNotFoundError, grpc.StatusCode.NOT_FOUND),
@@ -74,7 +68,6 @@ _CODES: Final[tuple[tuple[type[HotswapError], grpc.StatusCode], ...]] = (
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (TimeLimitError, grpc.StatusCode.DEADLINE_EXCEEDED),
-    (NotImplementedByServerError, grpc.StatusCode.UNIMPLEMENTED),
     (EngineError, grpc.StatusCode.INTERNAL),
     (BaseModelError, grpc.StatusCode.INTERNAL),
 )

@@ -130,6 +130,7 @@ class FakeEngine:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     tokenizer: Any = field(default_factory=ByteTokenizer)
     adapters: FakeManager = field(default_factory=FakeManager)
+    merges: Any = None
     base: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=VOCAB_SIZE, max_context=4096))
     max_context: int = 4096
 

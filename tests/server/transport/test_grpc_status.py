@@ -10,7 +10,7 @@ import grpc
 import pytest
 from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 from hotswap_server import errors
-from hotswap_server.grpc.status import NotImplementedByServerError, TimeLimitError, status_of
+from hotswap_server.grpc.status import TimeLimitError, status_of
 from structlog.testing import capture_logs
 
 Code = grpc.StatusCode
@@ -59,7 +59,7 @@ async def test_an_engine_error_has_its_code_and_details(serving, refusal_of, err
 def test_every_error_of_the_server_has_a_code_of_its_own():
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type)]
     kinds = [k for k in kinds if issubclass(k, errors.HotswapError) and k is not errors.HotswapError]
-    for kind in [*kinds, TimeLimitError, NotImplementedByServerError]:
+    for kind in [*kinds, TimeLimitError]:
         error = kind("field", "no") if kind is errors.InvalidRequestError else kind("no")
         expected_internal = kind in (errors.EngineError, errors.BaseModelError)
         assert (status_of(error).code is Code.INTERNAL) is expected_internal, kind
@@ -228,13 +228,3 @@ async def test_a_message_over_the_limit_is_resource_exhausted_and_the_server_goe
         assert (await refusal_of(s.inference.Generate(big))).code is Code.RESOURCE_EXHAUSTED
         small = inference_pb2.GenerateRequest(input=text("x" * 5_000))
         assert (await s.inference.Generate(small)).text == "ABC"
-
-
-@pytest.mark.parametrize("verb", ["Merge", "Unmerge"])
-async def test_calls_of_a_later_version_are_unimplemented_with_a_reason(serving, refusal_of, verb):
-    async with serving() as s:
-        message = getattr(adapters_pb2, f"{verb}AdapterRequest")(name="a/b")
-        refusal = await refusal_of(getattr(s.admin, f"{verb}Adapter")(message))
-        assert refusal.code is Code.UNIMPLEMENTED
-        assert refusal.message
-        assert refusal.details["ErrorInfo"].reason == "NOT_IMPLEMENTED"
