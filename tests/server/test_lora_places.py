@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from hotswap_server.core import ServingPath
 from hotswap_server.errors import MergeRefusedError
 from support.adapters import ALL_LINEARS, Oracle, write_bottleneck, write_ia3, write_lora, write_prefix
 from support.models import FAMILIES, SHAPE, explain, prepared, random_prompt, tiny_model
@@ -189,23 +190,51 @@ def test_a_slot_shows_nothing_of_who_had_it_before(tokenizer, tmp_path):
             setting.assert_equal(None, base)
 
 
-def test_beside_a_merged_lora_and_never_merged_in_part(tokenizer, tmp_path):
-    setting = Setting(BASES["qwen2"], tmp_path, EMBEDDINGS | BIASES | PLAIN)
-    with Running(prepared(setting.model), tokenizer, tmp_path, slots=len(setting.names)) as running:
-        running.merge("acme/plain")
-        crowd = [
-            (name, start(running, name, random_prompt(3 + 7 * index, seed=index)))
-            for index, name in enumerate(setting.names)
-        ]
-        for name, outcome in crowd:
-            setting.assert_equal(name, outcome)
-        for name, problem in (
-            ("embedding", "model.embed_tokens"),
-            ("head", "lm_head"),
-            ("all_biases", "biases"),
-        ):
-            with pytest.raises(MergeRefusedError, match=problem):
-                running.merge(f"acme/{name}")
+MERGEABLE = {
+    "tied": {name: EMBEDDINGS[name] for name in ("head", "own_biases")} | PLAIN,
+    "biased": {name: BIASES[name] for name in ("adapted_biases", "dora_biases")},
+    "qwen2": {"head": EMBEDDINGS["head"], "both_biases": BIASES["both_biases"]},
+}
+
+
+@pytest.mark.parametrize("base", MERGEABLE)
+def test_everybody_is_right_while_a_head_or_biases_are_merged(base, tokenizer, tmp_path):
+    """The head's weight may be the embedding's, which stays what it is."""
+    setting = Setting(BASES[base], tmp_path, MERGEABLE[base] | {"embedding": EMBEDDINGS["embedding"]})
+    prepared_base = prepared(setting.model)
+    with Running(prepared_base, tokenizer, tmp_path, slots=len(setting.names)) as running:
+        for merged in MERGEABLE[base]:
+            running.merge(f"acme/{merged}")
+            crowd = [
+                (name, start(running, name, random_prompt(3 + 7 * index, seed=index)))
+                for index, name in enumerate(setting.names)
+            ]
+            for name, outcome in crowd:
+                setting.assert_equal(name, outcome)
+                assert (outcome.finished.path is ServingPath.MERGED) == (name == merged)
+            setting.assert_equal(merged, start(running, merged, random_prompt(8, seed=9)))
+        running.unmerge(f"acme/{merged}")
+        for name in setting.names:
+            setting.assert_equal(name, start(running, name, random_prompt(8, seed=7)))
+    for group in prepared_base.groups:
+        for name in group.names:
+            assert torch.equal(group.weight_of(name), setting.model.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter", "problem"),
+    [
+        ("tied", "embedding", "model.embed_tokens"),
+        ("llama", "all", "model.embed_tokens"),
+        ("starcoder2", "all_biases", "layernorm"),
+    ],
+)
+def test_what_is_no_linear_layer_is_not_merged(base, adapter, problem, tokenizer, tmp_path):
+    setting = Setting(BASES[base], tmp_path, {adapter: (EMBEDDINGS | BIASES)[adapter]})
+    with Running(prepared(setting.model), tokenizer, tmp_path) as running:
+        with pytest.raises(MergeRefusedError, match=problem):
+            running.merge(f"acme/{adapter}")
+        setting.assert_equal(adapter, start(running, adapter, random_prompt(8, seed=1)))
 
 
 class Counting:

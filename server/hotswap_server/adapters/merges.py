@@ -124,7 +124,8 @@ class Merges:
             adapter = self._adapters.content(ref).result()
             started = time.monotonic()
             updates = method.updates(adapter)
-            self._swap(prepare_merge(ref, updates, self._base.projections, self._base.state))
+            base = self._base
+            self._swap(prepare_merge(ref, updates, base.groups, base.state, head=base.head))
         except BaseException:
             self._adapters.let_go(ref)
             raise

@@ -81,14 +81,10 @@ class Method(Protocol):
 
 @runtime_checkable
 class MergeableMethod(Protocol):
-    """A method whose adapters change nothing but weights of the base's linear layers."""
+    """A method whose adapters change the base's weights and biases."""
 
     def updates(self, adapter: Any) -> Mapping[str, LowRankUpdate]:
-        """What an adapter of this method makes of each weight, by module name.
-
-        Raises:
-            MergeRefusedError: this one changes something else too.
-        """
+        """What an adapter of this method makes of each module, by name."""
         ...
 
 

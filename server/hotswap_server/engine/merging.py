@@ -33,32 +33,45 @@ from hotswap_server.kernels import GroupedLora, Projection
 
 OTHERS = "others-of-merged"
 """Key in a step's slots of the rows that do not use the merged adapter: slot 0; the others -1."""
+_OTHERS_SLOTS = frozenset({0})
 
 # Subtracting is accurate up to this ||W + B A|| / ||W||, and where no scale is smaller than that.
 _MAX_GROWTH = {torch.float32: 4.0}
 _MAX_GROWTH_16_BIT = 1.25
 _MIN_SCALE = 0.25
+_ROWS = 4096  # of a weight, in float32 at a time
 
 
 @dataclass(frozen=True, slots=True)
 class LowRankUpdate:
-    """What an adapter makes of one weight W [out_features, in_features]: `scale` * (W + `b`^T `a`).
+    """What an adapter makes of a linear layer's W [out_features, in_features]: `scale` * (W + `b`^T `a`).
 
-    `a` [rank, in_features]; `b` [rank, out_features], the scaling in it; `scale` [out_features] of a DoRA.
+    `a` [rank, in_features]; `b` [rank, out_features], the scaling in it; `scale` [out_features] of a DoRA;
+    `shift` [out_features] is added to the bias. Rank 0 leaves the weight alone.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
 
 
 def merged_weight(weight: torch.Tensor, update: LowRankUpdate) -> torch.Tensor:
-    """The updated weight in its own type and on its device, computed in float32."""
+    """The updated weight in its own type and on its device, computed in float32, some rows at a time."""
+    if not update.rank:
+        return weight
     a, b = (part.to(weight.device, torch.float32) for part in (update.a, update.b))
-    merged = torch.addmm(weight.float(), b.t(), a)
-    if update.scale is not None:
-        merged.mul_(update.scale.to(weight.device, torch.float32)[:, None])
-    return merged.to(weight.dtype)
+    scale = None if update.scale is None else update.scale.to(weight.device, torch.float32)[:, None]
+    merged = torch.empty_like(weight)
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = torch.addmm(weight[rows].float(), b[:, rows].t(), a)
+        merged[rows] = part if scale is None else part.mul_(scale[rows])
+    return merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +94,12 @@ def prepare_merge(
     updates: Mapping[str, LowRankUpdate],
     groups: Iterable[ProjectionGroup],
     state: StepState,
+    *,
+    head: ProjectionGroup | None = None,
 ) -> PreparedMerge:
     """Compute what merging `updates`, by module name, needs. Takes long, on any thread; changes nothing.
+
+    `head` is the one of `groups` that sees the step's logit rows alone.
 
     Raises:
         MergeRefusedError: a module is no projection of the base, or its merged weight is not finite.
@@ -91,12 +108,13 @@ def prepare_merge(
     known = {name for group in groups for name in group.names}
     if unknown := sorted(set(updates) - known):
         raise MergeRefusedError(
-            f"{ref}: {unknown[0]} is no linear layer inside the base's decoder, so it cannot be merged; "
-            "serve the adapter batched, or merge it offline with `hotswap merge`"
+            f"{ref} changes {unknown[0]}, which is no linear layer: its output cannot be freed from that for "
+            "other requests. Serve the adapter batched, or merge it offline with `hotswap merge`",
+            adapter=str(ref),
         )
     with torch.inference_mode():
         swaps = tuple(
-            _swap(ref, group, updates, state)
+            _swap(ref, group, updates, state, group is head)
             for group in groups
             if any(name in updates for name in group.names)
         )
@@ -106,10 +124,14 @@ def prepare_merge(
 
 
 def _swap(
-    ref: AdapterRef, group: ProjectionGroup, updates: Mapping[str, LowRankUpdate], state: StepState
+    ref: AdapterRef,
+    group: ProjectionGroup,
+    updates: Mapping[str, LowRankUpdate],
+    state: StepState,
+    at_logits: bool,
 ) -> _Swap:
-    parts, accurate = [], True
-    for name in group.names:
+    parts, shifts, accurate = [], [], True
+    for name, width in zip(group.names, group.widths, strict=True):
         weight = group.weight_of(name)
         update = updates.get(name)
         if update is not None:
@@ -119,81 +141,95 @@ def _swap(
             accurate = accurate and _can_subtract(weight, merged, update)
             weight = merged
         parts.append(weight)
-    weight = torch.cat(parts)
-    correction: ProjectionDelta = _Recomputed(group, state)
+        shift = None if update is None else update.shift
+        shifts.append(weight.new_zeros(width) if shift is None else shift.to(weight))
+    weight, bias = torch.cat(parts), group.bias
+    if any(name in updates and updates[name].shift is not None for name in group.names):
+        bias = torch.cat(shifts) if bias is None else bias + torch.cat(shifts)
+    correction: ProjectionDelta = _Recomputed(group, state, at_logits)
     if accurate:
-        correction = _Subtracted(group, updates, state, weight.device)
-    return _Swap(group, state.kernels.projection(weight, group.bias), correction)
+        correction = _Subtracted(group, updates, bias, state, at_logits)
+    return _Swap(group, state.kernels.projection(weight, bias), correction)
 
 
 def _can_subtract(weight: torch.Tensor, merged: torch.Tensor, update: LowRankUpdate) -> bool:
-    unscaled = merged.float()
+    scale = torch.ones(1, 1)
     if update.scale is not None:
-        scale = update.scale.to(weight.device, torch.float32)
+        scale = update.scale.float()[:, None]
         if float(scale.abs().min()) < _MIN_SCALE:
             return False
-        unscaled = unscaled / scale[:, None]
-    limit = _MAX_GROWTH.get(weight.dtype, _MAX_GROWTH_16_BIT)
-    return float(unscaled.norm()) <= limit * float(weight.float().norm())
+    norms = torch.zeros(2)
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        unscaled = merged[rows].float() / (scale[rows] if scale.shape[0] > 1 else scale).to(merged.device)
+        norms += torch.stack([unscaled.square().sum(), weight[rows].float().square().sum()]).cpu()
+    after, before = norms.sqrt().tolist()
+    return bool(after <= _MAX_GROWTH.get(weight.dtype, _MAX_GROWTH_16_BIT) * before)
 
 
 class _Recomputed:
     """Gives the rows of OTHERS what the base's own weights do."""
 
-    def __init__(self, group: ProjectionGroup, state: StepState) -> None:
+    def __init__(self, group: ProjectionGroup, state: StepState, at_logits: bool) -> None:
         self._group = group
         self._state = state
+        self._at_logits = at_logits
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        slots = self._state.slots.get(OTHERS)
+        slots = self._state.slots_of(OTHERS, _OTHERS_SLOTS, at_logits=self._at_logits)
         if slots is not None:
             torch.where(slots.index[:, None] < 0, out, self._group.base_projection(x), out=out)
 
 
 class _Subtracted:
-    """Takes the scale and the update back out of the rows of OTHERS."""
+    """Takes scale, update and shift back out of the rows of OTHERS. `bias` is the merged one."""
 
     def __init__(
         self,
         group: ProjectionGroup,
         updates: Mapping[str, LowRankUpdate],
+        bias: torch.Tensor | None,
         state: StepState,
-        device: torch.device,
+        at_logits: bool,
     ) -> None:
+        self._state = state
+        self._at_logits = at_logits
         own = [updates.get(name) for name in group.names]
-        present = [update for update in own if update is not None]
-        like, rank = present[0].a, max(update.a.shape[0] for update in present)
-        a = like.new_zeros(1, len(own), rank, group.in_features, device=device)
-        b = tuple(like.new_zeros(1, rank, width, device=device) for width in group.widths)
+        weight = group.weight_of(group.names[0])
+        rank = max(1, *(0 if update is None else update.rank for update in own))
+        a = weight.new_zeros(1, len(own), rank, group.in_features)
+        b = tuple(weight.new_zeros(1, rank, width) for width in group.widths)
         ranks = torch.zeros(1, len(own), dtype=torch.int32)
         scale = torch.ones(sum(group.widths), dtype=torch.float32)
-        for member, update in enumerate(own):
+        for member, (update, start) in enumerate(zip(own, group.offsets, strict=True)):
             if update is None:
                 continue
-            ranks[0, member] = update.a.shape[0]
-            a[0, member, : update.a.shape[0]] = update.a
-            b[member][0, : update.a.shape[0]] = -update.b
+            ranks[0, member] = update.rank
+            if update.rank:
+                a[0, member, : update.rank] = update.a
+                b[member][0, : update.rank] = -update.b
             if update.scale is not None:
-                start = group.offsets[member]
                 scale[start : start + group.widths[member]] = update.scale.float()
-        self._state = state
-        self._bank = GroupedLora(a, b, ranks.to(device), group.widths, group.offsets)
-        self._bias = group.bias
-        self._inverse: torch.Tensor | None = None
-        if any(update.scale is not None for update in present):
-            # The last row is what -1 means.
-            self._inverse = torch.stack([1 / scale, torch.ones_like(scale)]).to(device)
+        self._bank = GroupedLora(a, b, ranks.to(weight.device), group.widths, group.offsets)
+        # out * factor + summand; the last row is what -1 means.
+        factors, summands = torch.ones(2, len(scale)), torch.zeros(2, len(scale))
+        factors[0] = 1 / scale
+        if bias is not None:
+            before = torch.zeros(len(scale)) if group.bias is None else group.bias.float().cpu()
+            summands[0] = before - bias.float().cpu() * factors[0]
+        self._tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        if any(
+            update is not None and (update.scale is not None or update.shift is not None) for update in own
+        ):
+            self._tables = factors.to(weight.device), summands.to(weight.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
-        slots = self._state.slots.get(OTHERS)
+        slots = self._state.slots_of(OTHERS, _OTHERS_SLOTS, at_logits=self._at_logits)
         if slots is None:
             return
-        if self._inverse is not None:
-            rows = self._inverse[slots.index.long()]
-            if self._bias is not None:  # which was not scaled
-                out.copy_((out - self._bias) * rows + self._bias)
-            else:
-                out.copy_(out * rows)
+        if self._tables is not None:
+            factors, summands = (table[slots.index.long()] for table in self._tables)
+            out.copy_(torch.addcmul(summands, out.float(), factors))
         self._state.kernels.lora(x, self._bank, slots, out)
 
 

@@ -26,7 +26,7 @@ from hotswap_server.adapters.methods.lora.tensors import (
 from hotswap_server.adapters.targets import by_pattern, target_modules
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.merging import LowRankUpdate
-from hotswap_server.errors import AdapterInvalidError, MergeRefusedError
+from hotswap_server.errors import AdapterInvalidError
 
 # Fields of LoraConfig that this file reads.
 _READ = frozenset(
@@ -63,14 +63,12 @@ class LoraMethod:
 
     def updates(self, adapter: LoraAdapter) -> dict[str, LowRankUpdate]:
         """See `MergeableMethod`."""
-        if adapter.shifts:
-            raise MergeRefusedError(
-                f"the adapter brings biases (for {min(adapter.shifts)} and others), and only weights are "
-                "merged; serve it batched"
-            )
+        nothing = (torch.empty(0, 0), torch.empty(0, 0))
         return {
-            module: LowRankUpdate(a, b, adapter.scales.get(module))
-            for module, (a, b) in adapter.weights.items()
+            module: LowRankUpdate(
+                *adapter.weights.get(module, nothing), adapter.scales.get(module), adapter.shifts.get(module)
+            )
+            for module in dict.fromkeys([*adapter.weights, *adapter.shifts])
         }
 
     def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> LoraAdapter:
