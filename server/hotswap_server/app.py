@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
 
 from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.merges import MergeOptions
-from hotswap_server.adapters.method import BankOptions
+from hotswap_server.adapters.method import BankOptions, slots_within
 from hotswap_server.config import ServeSettings, flag_of
 from hotswap_server.engine.base import BaseModel, load_base
 from hotswap_server.engine.engine import EngineOptions
@@ -30,6 +30,7 @@ from hotswap_server.grpc.server import Bound, GrpcServer, PortInUseError
 from hotswap_server.kernels import select_kernels
 from hotswap_server.listening import PortError, address_of, check_ports, shown
 from hotswap_server.metrics import Metrics, MetricsServer
+from hotswap_server.preload import preload
 from hotswap_server.security.setup import (
     Security,
     SecuritySettingsError,
@@ -130,11 +131,7 @@ def load(settings: ServeSettings) -> Loaded:
         adapters = AdapterManager(
             store,
             base,
-            BankOptions(
-                num_slots=settings.adapter_slots,
-                max_lora_rank=settings.max_lora_rank,
-                max_bottleneck_size=settings.max_bottleneck_size,
-            ),
+            _bank_options(settings, base),
             host_cache_bytes=settings.host_cache_bytes,
             load_workers=settings.load_workers,
             load_deadline_s=settings.load_deadline,
@@ -164,7 +161,7 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         loaded.adapters.close()
         raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
     metrics.watch_engine(engine.stats)
-    metrics.watch_slots(loaded.adapters.slot_counts)
+    metrics.watch_adapters(loaded.adapters.slot_stats, loaded.adapters.host_stats)
     metrics.describe_build(
         version=_version(), torch=torch.__version__, device=str(loaded.base.device), base=settings.base
     )
@@ -184,6 +181,9 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
     try:
         if settings.metrics_port:
             scraped = MetricsServer(metrics, settings.host, settings.metrics_port)
+        await asyncio.to_thread(
+            preload, loaded.adapters, pinned=settings.pin or (), names=settings.preload or ()
+        )
         bound = await server.start(settings.host, settings.port)
         with _StopSignals(stop) as signals:
             described = _describe(loaded, engine, bound)
@@ -252,6 +252,22 @@ def usable_cores() -> int:
     return min(limits)
 
 
+def _bank_options(settings: ServeSettings, base: BaseModel) -> BankOptions:
+    options = BankOptions(
+        num_slots=settings.adapter_slots,
+        max_lora_rank=settings.max_lora_rank,
+        max_bottleneck_size=settings.max_bottleneck_size,
+        max_prefix_tokens=settings.max_prefix_tokens,
+    )
+    budget = settings.device_adapter_bytes
+    if budget is None:
+        return options
+    num_slots = slots_within(base, options, budget)
+    if num_slots < options.num_slots:
+        logger.warning("adapter_slots_reduced", asked=options.num_slots, slots=num_slots, budget=int(budget))
+    return replace(options, num_slots=num_slots)
+
+
 def _engine_options(settings: ServeSettings) -> EngineOptions:
     return EngineOptions(
         max_batch_size=settings.max_batch_size,
@@ -279,7 +295,7 @@ def _describe(loaded: Loaded, engine: EngineService, bound: Bound) -> Ready:
         num_stored=loaded.num_stored,
         kv_tokens=engine.stats().kv_pages_total * settings.page_size,
         max_context=engine.max_context,
-        adapter_slots=settings.adapter_slots,
+        adapter_slots=max(total for _, total in loaded.adapters.slot_counts().values()),
         device=str(loaded.base.device),
         dtype=str(loaded.base.dtype).removeprefix("torch."),
         kernels=loaded.kernels,

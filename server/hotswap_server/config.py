@@ -7,11 +7,18 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import yaml
+from hotswap.names import AdapterName
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 ENV_PREFIX: Final = "HOTSWAP_SERVE_"
 
@@ -64,6 +71,14 @@ class ServeSettings(BaseSettings):
     max_bottleneck_size: int = Field(
         256, ge=1, description="Largest width of a bottleneck adapter; adapters over it are refused."
     )
+    max_prefix_tokens: int = Field(
+        512, ge=1, description="Longest prefix in tokens; adapters over it are refused."
+    )
+    device_adapter_bytes: ByteSize | None = Field(
+        None,
+        gt=0,
+        description="Most device memory for slots of all methods; fewer are made where it is too little.",
+    )
     host_cache_bytes: ByteSize = Field(
         ByteSize(1 << 30), ge=0, description="Host memory for loaded adapters in bytes."
     )
@@ -72,6 +87,13 @@ class ServeSettings(BaseSettings):
         60.0, gt=0, description="Longest that the store may take to find or load an adapter, in seconds."
     )
 
+    pin: Annotated[tuple[str, ...], NoDecode] | None = Field(
+        None,
+        description="Adapters that are brought to the device at the start and stay: tenant/name[@version],…",
+    )
+    preload: Annotated[tuple[str, ...], NoDecode] | None = Field(
+        None, description="Adapters that are brought to memory at the start, the first ones to the device."
+    )
     merge_policy: Literal["off", "manual", "auto"] = Field(
         "manual", description="Who merges a LoRA into the base: nobody, MergeAdapter, or also the traffic."
     )
@@ -119,6 +141,16 @@ class ServeSettings(BaseSettings):
         "info", description="Least severe log line."
     )
     log_format: Literal["json", "console"] = Field("console", description="Form of a log line.")
+
+    @field_validator("pin", "preload", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        names = (
+            [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
+        )
+        for name in names if isinstance(names, list | tuple) else ():
+            AdapterName.parse_versioned(str(name))
+        return names
 
     @field_validator("load_deadline", "merge_window", "max_timeout", "drain_timeout")
     @classmethod

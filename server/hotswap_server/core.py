@@ -119,12 +119,16 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Generate from `prompt_ids`. `adapter` None means the base model."""
+    """Generate from `prompt_ids`. `adapter` None means the base model.
+
+    `resolve_seconds` were spent to find its version in the store; they count as loading.
+    """
 
     id: str
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
+    resolve_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +140,7 @@ class ScoreRequest:
     score_from: int = 1
     top_logprobs: int = 0
     adapter: AdapterRef | None = None
+    resolve_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

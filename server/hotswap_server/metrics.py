@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from threading import Thread
 from typing import Final, Protocol
 from wsgiref.simple_server import WSGIServer
@@ -16,13 +16,12 @@ from prometheus_client import (
     disable_created_metrics,
     start_http_server,
 )
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from hotswap_server.adapters.residency import LoadRecord, Residency
+from hotswap_server.adapters.residency import HostStats, LoadRecord, Residency, SlotStats
 from hotswap_server.core import BASE_METHOD, AdapterRef
 from hotswap_server.engine.observer import RequestRecord, StepRecord
 from hotswap_server.errors import HotswapError
+from hotswap_server.tier_metrics import TierCollector
 
 UNKNOWN: Final = "unknown"
 """Label of a call that ended before its adapter was found."""
@@ -151,9 +150,11 @@ class Metrics:
         self._kv_used.set_function(lambda: load().kv_pages_used)
         self._kv_total.set_function(lambda: load().kv_pages_total)
 
-    def watch_slots(self, counts: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
-        """Read used and total adapter slots by method from `counts` whenever they are scraped."""
-        self.registry.register(_SlotCollector(counts))
+    def watch_adapters(
+        self, slots: Callable[[], Mapping[str, SlotStats]], host: Callable[[], HostStats]
+    ) -> None:
+        """Read the gauges of slots, by method, and of host memory whenever they are scraped."""
+        self.registry.register(TierCollector(slots, host))
 
     def call_started(self, rpc: str) -> None:
         self._in_flight.labels(rpc).inc()
@@ -224,21 +225,6 @@ class Metrics:
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
         return Histogram(name, text, labels, namespace="hotswap", registry=self.registry, buckets=buckets)
-
-
-class _SlotCollector(Collector):
-    def __init__(self, counts: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
-        self._counts = counts
-
-    def collect(self) -> Iterable[Metric]:
-        used = GaugeMetricFamily(
-            "hotswap_adapter_slots_used", "Device slots that hold an adapter.", labels=["method"]
-        )
-        total = GaugeMetricFamily("hotswap_adapter_slots", "Device slots for adapters.", labels=["method"])
-        for method, (taken, all_) in self._counts().items():
-            used.add_metric([method], taken)
-            total.add_metric([method], all_)
-        return used, total
 
 
 class MetricsServer:

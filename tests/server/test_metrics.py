@@ -7,7 +7,7 @@ import urllib.request
 from types import SimpleNamespace
 
 import pytest
-from hotswap_server.adapters.residency import LoadRecord, Residency
+from hotswap_server.adapters.residency import HostStats, LoadRecord, Residency, SlotStats
 from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings
 from hotswap_server.engine.observer import RequestRecord, StepRecord
 from hotswap_server.errors import AdapterInvalidError, EngineError, StoreUnavailableError
@@ -82,14 +82,19 @@ def test_a_step_is_timed_by_what_it_did(metrics, prefill, decode, phase):
 
 def test_gauges_are_read_when_scraped(metrics):
     load = SimpleNamespace(running=1, waiting=2, kv_pages_used=3, kv_pages_total=4)
-    slots = {"lora": (1, 16)}
+    slots = {"lora": SlotStats(1, 16, 0, 0)}
+    host = HostStats(10, 20, 1, 3, 4)
     metrics.watch_engine(lambda: load)
-    metrics.watch_slots(lambda: slots)
-    load.running, slots["lora"] = 7, (2, 16)
+    metrics.watch_adapters(lambda: slots, lambda: host)
+    load.running, slots["lora"] = 7, SlotStats(2, 16, 1, 5)
     names = ("requests_running", "requests_waiting", "kv_pages_used", "kv_pages")
     assert [sample(metrics, name) for name in names] == [7, 2, 3, 4]
     assert sample(metrics, "adapter_slots_used", method="lora") == 2
     assert sample(metrics, "adapter_slots", method="lora") == 16
+    assert sample(metrics, "adapters_pinned", method="lora") == 1
+    assert sample(metrics, "adapters_underway", method="lora") == 5
+    names = ("bytes", "budget_bytes", "adapters", "hits_total", "misses_total")
+    assert [sample(metrics, f"host_cache_{name}") for name in names] == [10, 20, 1, 3, 4]
 
 
 def test_adapters_coming_and_going_are_counted(metrics):

@@ -20,9 +20,11 @@ from hotswap_server.adapters.placement import Placement
 from hotswap_server.adapters.residency import (
     AdapterInfo,
     AdapterObserver,
+    HostStats,
     InUse,
     NullAdapterObserver,
     Residency,
+    SlotStats,
 )
 from hotswap_server.adapters.slots import Facts, State
 from hotswap_server.adapters.store import AdapterStore
@@ -90,7 +92,15 @@ class AdapterManager:
 
     def slot_counts(self) -> dict[str, tuple[int, int]]:
         """Slots taken and in all, by method."""
-        return self._placement.slot_counts()
+        return {name: (stats.taken, stats.total) for name, stats in self.slot_stats().items()}
+
+    def slot_stats(self) -> dict[str, SlotStats]:
+        """By method."""
+        return self._placement.slot_stats()
+
+    def host_stats(self) -> HostStats:
+        stats = self._cache.stats
+        return HostStats(stats.bytes, self._cache.budget_bytes, stats.entries, stats.hits, stats.misses)
 
     def users(self) -> int:
         """Requests that hold a slot now."""

@@ -8,15 +8,16 @@ from __future__ import annotations
 import importlib
 import json
 import pkgutil
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.merging import LowRankUpdate
-from hotswap_server.errors import AdapterInvalidError
+from hotswap_server.errors import AdapterInvalidError, InvalidRequestError
 
 
 class MethodAdapter(Protocol):
@@ -60,6 +61,7 @@ class BankOptions:
     num_slots: int = 16
     max_lora_rank: int = 64
     max_bottleneck_size: int = 256
+    max_prefix_tokens: int = 512
 
 
 class Method(Protocol):
@@ -77,6 +79,36 @@ class Method(Protocol):
         ...
 
     def create_bank(self, base: BaseModel, options: BankOptions) -> AdapterBank: ...
+
+    def bank_bytes(self, base: BaseModel, options: BankOptions) -> int:
+        """The most device memory that a bank can come to take, every slot at the limits of `options`."""
+        ...
+
+
+def slots_within(base: BaseModel, options: BankOptions, budget: int) -> int:
+    """How many slots, `options.num_slots` at most, all methods can have together in `budget` bytes.
+
+    Raises:
+        InvalidRequestError: not even one.
+    """
+
+    def needed(num_slots: int) -> int:
+        given = replace(options, num_slots=num_slots)
+        return sum(method.bank_bytes(base, given) for method in available_methods().values())
+
+    num_slots = bisect_right(range(1, options.num_slots + 1), budget, key=needed)
+    if num_slots == 0:
+        parts = {
+            name: method.bank_bytes(base, replace(options, num_slots=1))
+            for name, method in available_methods().items()
+        }
+        shown = ", ".join(f"{name} {nbytes}" for name, nbytes in parts.items())
+        raise InvalidRequestError(
+            "device_adapter_bytes",
+            f"must hold a slot of every method, {needed(1)} bytes ({shown}), got {budget}; or lower "
+            "max_lora_rank, max_bottleneck_size or max_prefix_tokens",
+        )
+    return num_slots
 
 
 @runtime_checkable

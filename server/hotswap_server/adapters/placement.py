@@ -16,7 +16,7 @@ import torch
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import AdapterBank, ClearableBank, MethodAdapter
-from hotswap_server.adapters.residency import AdapterObserver, LoadRecord, Residency
+from hotswap_server.adapters.residency import AdapterObserver, LoadRecord, Residency, SlotStats
 from hotswap_server.adapters.slots import PATIENCE, Facts, Resident, Slots, State
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import (
@@ -263,19 +263,18 @@ class Placement:
 
     # What anyone may ask.
 
-    def slot_counts(self) -> dict[str, tuple[int, int]]:
-        """Slots taken and in all, by method."""
+    def slot_stats(self) -> dict[str, SlotStats]:
+        """By method."""
         with self.lock:
-            return {name: (slots.num_held, slots.num_slots) for name, slots in self._slots.items()}
-
-    def counts(self, method: str) -> tuple[int, int]:
-        """Versions that are pinned, and those that are on their way to a slot."""
-        with self.lock:
-            underway = sum(
-                resident.ref.method == method and resident.state not in (State.READY, State.FAILED)
+            underway = Counter(
+                resident.ref.method
                 for resident in self.residents.values()
+                if resident.state not in (State.READY, State.FAILED)
             )
-            return self.num_pinned(method), underway
+            return {
+                name: SlotStats(slots.num_held, slots.num_slots, self.num_pinned(name), underway[name])
+                for name, slots in self._slots.items()
+            }
 
     def users(self) -> int:
         """Requests that hold a slot now."""

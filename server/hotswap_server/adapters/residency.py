@@ -33,6 +33,27 @@ class AdapterInfo:
     merged: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class SlotStats:
+    """The slots of one method: taken ones and all, how many are pinned, and adapters on their way to one."""
+
+    taken: int
+    total: int
+    pinned: int
+    underway: int
+
+
+@dataclass(frozen=True, slots=True)
+class HostStats:
+    """What host memory holds of adapters, and how often they were looked for there."""
+
+    bytes: int
+    budget_bytes: int
+    adapters: int
+    hits: int
+    misses: int
+
+
 class InUse(Enum):
     """What unloading does to the requests that use the adapter."""
 

@@ -19,6 +19,11 @@ class FeatureTable:
         self.touched: frozenset[int] = frozenset()
         self._table = torch.full((num_slots + 1, features), neutral, dtype=base.dtype, device=base.device)
 
+    @staticmethod
+    def size(num_slots: int, features: int) -> int:
+        """Elements of such a table."""
+        return (num_slots + 1) * features
+
     def reset(self, slot: int) -> None:
         self._table[slot] = self._neutral
         self.touched -= {slot}

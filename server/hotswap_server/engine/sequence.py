@@ -61,6 +61,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
+        self.timings.load = self.request.resolve_seconds
         given = self.sampling.seed
         self.seed = secrets.randbits(63) if given is None else given
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -82,7 +83,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             scored = self._encoder.ids("token_ids", request.token_ids)
         else:
             raise InvalidRequestError("target", "is required; set text or token_ids")
-        adapter = await self._resolve(name, version)
+        adapter, seconds = await self._resolve(name, version)
         current_call().spend(len(before) + len(scored))
         result = await self._engine.score(
             ScoreRequest(
@@ -91,6 +92,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 score_from=len(before) or 1,
                 top_logprobs=request.top_logprobs,
                 adapter=adapter,
+                resolve_seconds=seconds,
             )
         )
         current_call().facts |= {"path": result.path.value, "prompt_tokens": result.num_prompt_tokens}
@@ -107,17 +109,19 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         name, version = _named(request)
         sampling = convert.sampling_params(request.sampling, self._encoder.vocab_size)
         prompt = await self._encoder.encode("input", request.input)
-        adapter = await self._resolve(name, version)
-        return GenerateRequest(id=uuid.uuid4().hex, prompt_ids=prompt, sampling=sampling, adapter=adapter)
+        adapter, seconds = await self._resolve(name, version)
+        return GenerateRequest(uuid.uuid4().hex, prompt, sampling, adapter, resolve_seconds=seconds)
 
-    async def _resolve(self, name: str, version: int | None) -> AdapterRef | None:
+    async def _resolve(self, name: str, version: int | None) -> tuple[AdapterRef | None, float]:
+        """The version to use, and the seconds that the store took, which may have to read the content."""
         if not name:
-            return None
+            return None, 0.0
+        began = time.perf_counter()
         ref = await self._store.run(lambda: self._engine.adapters.resolve(name, version))
         call = current_call()
         call.method = method_label(ref.method)
         call.facts["version"] = ref.version
-        return ref
+        return ref, time.perf_counter() - began
 
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished, None]:
         call = current_call()

@@ -149,6 +149,12 @@ class BottleneckMethod:
     def create_bank(self, base: BaseModel, options: BankOptions) -> BottleneckBank:
         return BottleneckBank(base, options)
 
+    def bank_bytes(self, base: BaseModel, options: BankOptions) -> int:
+        size = options.max_bottleneck_size
+        elements = sum(2 * size * block.hidden_size + size + block.hidden_size for block in base.blocks)
+        numbers = 4 * len(base.blocks)
+        return options.num_slots * (elements * base.dtype.itemsize + numbers * torch.int32.itemsize)
+
     def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> BottleneckAdapter:
         config, tensors = checkpoint.config, checkpoint.tensors
         check_fields(config, read=_READ, without_effect=frozenset())

@@ -99,6 +99,11 @@ class Ia3Method:
     def create_bank(self, base: BaseModel, options: BankOptions) -> Ia3Bank:
         return Ia3Bank(base, options)
 
+    def bank_bytes(self, base: BaseModel, options: BankOptions) -> int:
+        features = sum(sum(group.widths) for group in base.groups)
+        features += sum(group.in_features for group in base.groups if len(group.names) == 1)
+        return ScaleTable.size(options.num_slots, features) * base.dtype.itemsize
+
     def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> Ia3Adapter:
         config = checkpoint.config
         check_fields(config, read=_READ, without_effect=_WITHOUT_EFFECT)

@@ -65,6 +65,11 @@ class PrefixMethod:
     def create_bank(self, base: BaseModel, options: BankOptions) -> PrefixBank:
         return PrefixBank(base, options)
 
+    def bank_bytes(self, base: BaseModel, options: BankOptions) -> int:
+        # As the slots hold them; their pages are the key-value cache's.
+        per_token = sum(2 * site.kv_heads * site.head_dim for site in base.attention) * base.dtype.itemsize
+        return options.num_slots * options.max_prefix_tokens * per_token
+
     def parse(self, checkpoint: RawCheckpoint, base: BaseModel, options: BankOptions) -> PrefixAdapter:
         config = checkpoint.config
         check_fields(config, read=_READ, without_effect=_WITHOUT_EFFECT)
@@ -79,6 +84,11 @@ class PrefixMethod:
         if list(tensor.shape) != expected:
             raise AdapterInvalidError(
                 f"tensor {_TENSOR}: is {list(tensor.shape)}, adapter_config.json and the base need {expected}"
+            )
+        if tokens > options.max_prefix_tokens:
+            raise AdapterInvalidError(
+                f"adapter_config.json: num_virtual_tokens {tokens} is over this server's limit of "
+                f"{options.max_prefix_tokens}; start it with a larger max_prefix_tokens"
             )
         if tokens >= base.max_context:
             raise AdapterInvalidError(

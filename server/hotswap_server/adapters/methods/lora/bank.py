@@ -8,7 +8,7 @@ import torch
 
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.methods.lora.adapter import NAME, LoraAdapter
-from hotswap_server.adapters.scales import ScaleTable, ShiftTable
+from hotswap_server.adapters.scales import FeatureTable, ScaleTable, ShiftTable
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.projection import ProjectionGroup
 from hotswap_server.engine.sites import EmbeddingSite, OutputSite
@@ -30,6 +30,24 @@ class LoraBank:
     def put(self, slot: int, adapter: LoraAdapter) -> None:
         for place in self._places:
             place.put(slot, adapter)
+
+
+def bank_bytes(base: BaseModel, options: BankOptions) -> int:
+    """What a bank takes once adapters have touched all places, with factors and summands for each output."""
+    slots, rank = options.num_slots, options.max_lora_rank
+    elements = counts = 0
+    for group in base.groups:
+        width = sum(group.widths)
+        elements += slots * rank * (len(group.names) * group.in_features + width)
+        elements += 2 * FeatureTable.size(slots, width)
+        counts += slots * len(group.names)
+    for site in base.biased:
+        elements += FeatureTable.size(slots, site.width)
+    if base.embedding is not None:
+        vocabulary, width = base.embedding.weight.shape[0], base.embedding.width
+        elements += slots * rank * (vocabulary + rank + width) + FeatureTable.size(slots, width)
+        counts += slots
+    return elements * base.dtype.itemsize + counts * torch.int32.itemsize
 
 
 class _Place(Protocol):

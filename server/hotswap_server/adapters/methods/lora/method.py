@@ -12,7 +12,7 @@ from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.fields import check_fields, check_targets
 from hotswap_server.adapters.method import BankOptions, shown_fields
 from hotswap_server.adapters.methods.lora.adapter import NAME, LoraAdapter
-from hotswap_server.adapters.methods.lora.bank import LoraBank
+from hotswap_server.adapters.methods.lora.bank import LoraBank, bank_bytes
 from hotswap_server.adapters.methods.lora.biases import bias_shifts
 from hotswap_server.adapters.methods.lora.tensors import (
     EMBEDDING_A,
@@ -60,6 +60,9 @@ class LoraMethod:
 
     def create_bank(self, base: BaseModel, options: BankOptions) -> LoraBank:
         return LoraBank(base, options)
+
+    def bank_bytes(self, base: BaseModel, options: BankOptions) -> int:
+        return bank_bytes(base, options)
 
     def updates(self, adapter: LoraAdapter) -> dict[str, LowRankUpdate]:
         """See `MergeableMethod`."""
