@@ -15,6 +15,7 @@ from hotswap_server.errors import (
     AdapterNotFoundError,
     CapacityError,
     DrainingError,
+    StoreDeniedError,
     StoreUnavailableError,
 )
 
@@ -194,7 +195,34 @@ def test_a_read_that_hangs_fails_at_the_deadline_and_fills_the_cache_later():
         wait_until(lambda: loader.load(ref("a")).exception(SOON_S) is None)
         assert store.reads.count("a") <= 2
         assert loader.load(ref("c")).result(SOON_S).digest == "c"
-    assert "b" not in store.reads, "nobody waits for it any more"
+
+
+def test_threads_that_hang_are_replaced_until_they_come_back():
+    hung = threading.Event()
+
+    class HangingStore(FakeStore):
+        def read(self, ref: AdapterRef) -> RawCheckpoint:
+            assert not ref.digest.startswith("hung") or hung.wait(SOON_S)
+            return super().read(ref)
+
+    store = HangingStore()
+    with loader_of(store, deadline_s=0.1, workers=2) as loader:
+        for digest in ("hung a", "hung b"):
+            assert isinstance(loader.load(ref(digest)).exception(SOON_S), StoreUnavailableError)
+        wait_until(lambda: loader.load(ref("c")).exception(SOON_S) is None)
+        assert len(loader._workers) == 4
+        hung.set()
+        wait_until(lambda: len(loader._workers) == 2)
+        assert loader.load(ref("d")).exception(SOON_S) is None
+
+
+def test_a_store_that_refuses_is_not_asked_again_for_a_while():
+    store = FakeStore(lambda read: StoreDeniedError("permission denied"))
+    with loader_of(store, retries=3, unavailable_ttl_s=0.0) as loader:
+        for _ in range(3):
+            error = loader.load(ref("a")).exception(SOON_S)
+            assert (type(error), str(error)) == (StoreDeniedError, "permission denied")
+    assert len(store.reads) == 1
 
 
 def test_retries_end_at_the_deadline():

@@ -158,7 +158,7 @@ class Running:
         self.adapters = AdapterManager(
             AdapterManager.open_store(str(store)),
             base,
-            BankOptions(num_slots=slots, max_lora_rank=max_rank),
+            BankOptions(slots, max_lora_rank=max_rank, max_prefix_tokens=base.max_context),
             observer=self.recorder,
         )
         self.engine = Engine(

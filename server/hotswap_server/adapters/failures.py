@@ -13,11 +13,6 @@ from hotswap_server.errors import AdapterInvalidError, CapacityError, HotswapErr
 _MAX_FAILURES: Final = 4096
 
 
-def is_transient(error: BaseException) -> bool:
-    """Whether reading again may help: storage that failed, and did not say that it will go on failing."""
-    return isinstance(error, StoreUnavailableError) and bool(getattr(error, "transient", True))
-
-
 class FailureMemory:
     """Errors by content digest, so new content under an old name starts afresh. Safe for threads.
 
@@ -37,7 +32,7 @@ class FailureMemory:
             return
         if not isinstance(error, AdapterInvalidError | CapacityError | StoreUnavailableError):
             return
-        kept_s = self._transient_s if is_transient(error) else self._lasting_s
+        kept_s = self._transient_s if error.transient else self._lasting_s
         with self._lock:
             self._failures[digest] = (time.monotonic() + kept_s, _fresh(error))
             self._failures.move_to_end(digest)

@@ -15,7 +15,7 @@ from typing import Generic, Protocol, TypeVar
 import structlog
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
-from hotswap_server.adapters.failures import FailureMemory, is_transient
+from hotswap_server.adapters.failures import FailureMemory
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import DrainingError, HotswapError, OverloadedError, StoreUnavailableError
@@ -58,7 +58,7 @@ class Loader(Generic[H]):
     """Loads adapters on `workers` threads and keeps them in `cache`, each digest once at a time.
 
     A load waits, is read and is parsed within `deadline_s` seconds, or fails; a thread whose read hangs for
-    longer is replaced. What `is_transient` is retried, up to `retries` times, after `backoff_s`, twice that,
+    longer is replaced. A `transient` error is retried, up to `retries` times, after `backoff_s`, twice that,
     and so on, each shortened at random by up to half. After a failure the same digest fails at once, without
     another look at the store: for `negative_ttl_s` seconds when the adapter is invalid or too large, for
     `unavailable_ttl_s` when storage failed. `on_retry` is called on a loader thread before each pause.
@@ -175,7 +175,8 @@ class Loader(Generic[H]):
 
     def _begin(self, job: _Job[H]) -> bool:
         with self._lock:
-            job.begun = self._jobs.get(job.ref.digest) is job
+            unanswered = self._jobs.get(job.ref.digest) is job
+            job.begun = unanswered and time.monotonic() < job.deadline
             return job.begun
 
     def _replace_worker(self, job: _Job[H]) -> None:
@@ -203,9 +204,9 @@ class Loader(Generic[H]):
         while True:
             try:
                 return self._store.read(job.ref)
-            except StoreUnavailableError as error:
+            except HotswapError as error:
                 pause = self._backoff_s * 2**attempt * random.uniform(0.5, 1.0)
-                if not is_transient(error) or attempt == self._retries or not self._is_unanswered(job):
+                if not error.transient or attempt == self._retries or not self._is_unanswered(job):
                     raise
                 self._on_retry(job.ref, error)
                 logger.warning("store_read_retry", adapter=str(job.ref), pause_s=pause, error=str(error))
