@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +69,38 @@ def write_lora(tiny_base: Path) -> Callable[..., Path]:
         return directory
 
     return write
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """A server of S3 on loopback that the environment points at; its address."""
+    from support import object_stores
+
+    with object_stores.s3_server() as address:
+        yield address
+
+
+@pytest.fixture
+def s3_url(s3_server: str) -> str:
+    """The URL of an empty store on that server."""
+    from support import object_stores
+
+    return object_stores.s3_store()
+
+
+@pytest.fixture
+def memory_url() -> Iterator[str]:
+    """The URL of an empty store in memory."""
+    from support import object_stores
+
+    with object_stores.memory_store() as url:
+        yield url
+
+
+@pytest.fixture(params=["directory", "memory", "s3"])
+def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty store of each kind."""
+    if request.param == "directory":
+        return str(tmp_path / "store")
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url

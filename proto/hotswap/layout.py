@@ -2,40 +2,54 @@
 
     STORE/tenant/task/VERSION/adapter_config.json
     STORE/tenant/task/VERSION/adapter_model.safetensors
+    STORE/tenant/task/VERSION/hotswap.json               the manifest: sizes and SHA-256 of the others
+    STORE/tenant/task/aliases.json                       names for versions, if any were given
 
-VERSION is a decimal number from 1 on; the highest one is the latest. A version exists once it holds both
-files; a directory without them is none, as where the trainer publishes whole models in the same shape. A PEFT
-directory dropped at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there too.
-Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version.
+VERSION is a decimal number from 1 on. A version never changes and its number is never used again, not even
+after it was deleted. A PEFT directory that was put there by other means needs no manifest; it exists once
+it holds both files. One at `STORE/tenant/task/` itself is version 1, unless a directory `1` is there too. A
+directory without those two files is no version of an adapter, as where the trainer publishes whole models.
+Readers ignore every entry whose name starts with a dot, and every one that is no valid name or version, but
+for the two marks below. Versions appear and vanish in one step:
+
+In a directory: the files are written to `.publish-…` beside the versions, synced, and the directory is
+renamed to the next number, which fails if another publisher took it. Deleting renames it to
+`.deleted-VERSION` and then empties that; what remains of it keeps the number taken. An alias is changed by
+a rename, under a lock.
+
+In an object store, which has no rename:
+1.  `tenant/task/.publishing-VERSION` claims the next number. It is put on the condition that no such object
+    is there (`If-None-Match: *`), so of several publishers one gets it and the others go on to the next.
+2.  The files are put, the adapter's weights and then its configuration after the others.
+3.  The manifest is put: with it the version exists. Without it, none does whose number is claimed.
+4.  The claim is removed. That of a publisher that died is removed by a later one after a day, with its
+    files.
+Deleting puts `tenant/task/.deleted-VERSION`, with which the version is gone; then its objects are removed,
+and the mark stays. `aliases.json` is put on the condition that it is still what was read (`If-Match`).
+Where a storage has no such conditions (that is, other than S3 and, for new objects, GCS) a publisher reads
+its claim back, and of two that publish one adapter at the very same moment one may fail; of two changes of
+its aliases at the same moment the later one stays.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import os
-import shutil
-import socket
-import stat
-import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from hotswap.names import MAX_VERSION, AdapterName, parse_version
+from hotswap.names import AdapterName, parse_version
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+MANIFEST_FILE: Final = "hotswap.json"
+ALIASES_FILE: Final = "aliases.json"
 HIDDEN_PREFIX: Final = "."
+CLAIM_PREFIX: Final = ".publishing-"
+TOMBSTONE_PREFIX: Final = ".deleted-"
 UNNUMBERED_VERSION: Final = 1
 """The version of a PEFT directory without a version directory around it."""
-
-_TEMPORARY_PREFIX = ".publish-"
-_MAX_ATTEMPTS = 1000  # each failed one means that another publisher succeeded
-_FOREIGN_AGE_S = 24 * 3600.0
 
 
 class PublishError(Exception):
@@ -47,19 +61,32 @@ def content_digest(config: bytes | Iterable[bytes], weights: bytes | Iterable[by
 
     Hashed is, for either file, its name, a zero byte, its length in 8 big-endian bytes and its own SHA-256.
     """
-    outer = hashlib.sha256()
-    for name, content in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+    parts = []
+    for content in (config, weights):
         inner, length = hashlib.sha256(), 0
         for chunk in (content,) if isinstance(content, bytes) else content:
             inner.update(chunk)
             length += len(chunk)
-        outer.update(name.encode() + b"\0" + length.to_bytes(8, "big") + inner.digest())
+        parts.append((length, inner.digest()))
+    return combined_digest(*parts)
+
+
+def combined_digest(config: tuple[int, bytes], weights: tuple[int, bytes]) -> str:
+    """`content_digest` of two files that are known by their lengths and their own SHA-256."""
+    outer = hashlib.sha256()
+    for name, (length, inner) in ((CONFIG_FILE, config), (WEIGHTS_FILE, weights)):
+        outer.update(name.encode() + b"\0" + length.to_bytes(8, "big") + inner)
     return outer.hexdigest()
 
 
 def version_path(store: Path, name: AdapterName, version: int) -> Path:
     """The directory that `publish` gives to a version."""
     return store / name.tenant / name.name / str(version)
+
+
+def version_location(store: str | os.PathLike[str], name: AdapterName, version: int) -> str:
+    """Where `publish` puts a version, in a directory or at a URL, for a reader's eyes."""
+    return f"{os.fspath(store).rstrip('/')}/{name}/{version}"
 
 
 def versions_in(entries: Iterable[str]) -> list[int]:
@@ -71,8 +98,54 @@ def versions_in(entries: Iterable[str]) -> list[int]:
     return sorted(versions)
 
 
+def marked(entries: Iterable[str], prefix: str) -> set[int]:
+    """The versions that bear a mark, `CLAIM_PREFIX` or `TOMBSTONE_PREFIX`, among the same entries."""
+    numbers = (parse_version(entry.removeprefix(prefix)) for entry in entries if entry.startswith(prefix))
+    return {number for number in numbers if number is not None}
+
+
+def existing_versions(files: Iterable[str], *, weights: Collection[str] = (WEIGHTS_FILE,)) -> list[int]:
+    """The versions, ascending, among the paths of all files below `STORE/tenant/task/`, marks included.
+
+    `weights` are the names of which one must be there beside the configuration.
+    """
+    entries: dict[str, set[str]] = {}
+    for path in files:
+        directory, _, file = path.rpartition("/")
+        entries.setdefault(directory, set()).add(file)
+    top = entries.get("", set())
+    claimed, deleted = marked(top, CLAIM_PREFIX), marked(top | entries.keys(), TOMBSTONE_PREFIX)
+    found = set()
+    for directory, names in entries.items():
+        version = UNNUMBERED_VERSION if not directory else parse_version(directory)
+        if version is None or (not directory and str(version) in entries):
+            continue
+        complete = CONFIG_FILE in names and not names.isdisjoint(weights)
+        if complete and version not in deleted and (MANIFEST_FILE in names or version not in claimed):
+            found.add(version)
+    return sorted(found)
+
+
+def next_version(entries: Collection[str]) -> int:
+    """One more than every version that is there, is claimed, or was there before it was deleted."""
+    taken = {*versions_in(entries), *marked(entries, CLAIM_PREFIX), *marked(entries, TOMBSTONE_PREFIX)}
+    return max(taken, default=0) + 1
+
+
+def is_url(store: str | os.PathLike[str]) -> bool:
+    """Whether a store is named by a URL, and not by a directory's path or its `file://` URL."""
+    text = os.fspath(store)
+    return ("://" in text or "::" in text) and not text.startswith(("file://", "local://"))
+
+
+def local_path(store: str | os.PathLike[str]) -> Path:
+    """The directory that a path or a `file://` URL names."""
+    text = os.fspath(store)
+    return Path(text.removeprefix("file://").removeprefix("local://"))
+
+
 def publish(
-    store: Path,
+    store: str | os.PathLike[str],
     name: AdapterName,
     write: Callable[[Path], None],
     *,
@@ -80,9 +153,9 @@ def publish(
 ) -> int:
     """Publish what `write` puts into the directory it is given as the next version of `name`.
 
-    The version appears in one rename after its files are on disk: readers see all of it or nothing, also when
-    this process is killed. Publishers of one adapter may run side by side and get different numbers.
-    An exception, `write`'s own included, leaves the store as it was. What a killed publisher leaves behind is
+    `store` is a directory or any URL that fsspec writes. Readers see all of the version or nothing, also when
+    this process is killed. Publishers of one adapter may run side by side and get different numbers. An
+    exception, `write`'s own included, leaves the store as it was. What a killed publisher leaves behind is
     hidden, and a later publisher of the same adapter removes it. Files end as readable as the umask allows.
 
     `required` names the files that `write` must write; by default those of a PEFT directory.
@@ -92,138 +165,13 @@ def publish(
 
     Raises:
         PublishError: `write` left out a required file, or wrote it as a link or empty.
-        OSError: the store cannot be written.
+        StorageError: a storage that is named by a URL cannot be written, or lacks its package.
+        OSError: the directory cannot be written.
     """
-    task = store / name.tenant / name.name
-    _remove_abandoned(task)
-    with _temporary_directory(task, store) as temporary:
-        write(temporary)
-        _check_complete(temporary, required)
-        _sync_tree(temporary)
-        version = _rename_to_next_version(temporary, task)
-        for directory in (task, task.parent, store):  # their entries may be new as well
-            _sync(directory)
-    return version
+    if is_url(store):
+        from hotswap.publish_objects import publish_objects
 
+        return publish_objects(os.fspath(store), name, write, required)
+    from hotswap.publish_directory import publish_directory
 
-@contextmanager
-def _temporary_directory(task: Path, store: Path) -> Iterator[Path]:
-    """A hidden directory in `task`, locked while in use; on an exception it and its new parents go again."""
-    missing = [directory for directory in (task, task.parent, store) if not directory.exists()]
-    temporary, lock = _make_locked_directory(task)
-    try:
-        yield temporary
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        for directory in missing:
-            with suppress(OSError):  # another publisher is using it by now
-                directory.rmdir()
-        raise
-    finally:
-        os.close(lock)
-
-
-def _make_locked_directory(task: Path) -> tuple[Path, int]:
-    for _ in range(_MAX_ATTEMPTS):
-        temporary = task / f"{_TEMPORARY_PREFIX}{_host()}-{uuid.uuid4().hex}"
-        task.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.mkdir()  # not tempfile's 0700: a server may run as another user
-            lock = os.open(temporary, os.O_RDONLY | os.O_DIRECTORY)
-        except FileNotFoundError:  # a failed publisher removed the parent, or a cleaner the directory
-            continue
-        if _lock(lock) is not False and _is_open_at(lock, temporary):
-            return temporary, lock
-        os.close(lock)
-    raise PublishError("could not make a temporary directory in the store: others keep removing it")
-
-
-def _remove_abandoned(task: Path) -> None:
-    """Remove the temporary directories whose publisher is dead: nobody holds their lock.
-
-    Locks of other hosts are not visible on every network file system, so theirs must also be a day old.
-    """
-    with suppress(FileNotFoundError):
-        for entry in os.scandir(task):
-            if not entry.name.startswith(_TEMPORARY_PREFIX):
-                continue
-            with suppress(OSError):  # gone, or another user's
-                foreign = not entry.name.startswith(f"{_TEMPORARY_PREFIX}{_host()}-")
-                if foreign and time.time() - entry.stat().st_mtime < _FOREIGN_AGE_S:
-                    continue
-                lock = os.open(entry.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-                try:
-                    # The path is compared after locking: its publisher may just have renamed it to a version.
-                    if _lock(lock) is True and _is_open_at(lock, Path(entry.path)):
-                        shutil.rmtree(entry.path, ignore_errors=True)
-                finally:
-                    os.close(lock)
-
-
-def _lock(descriptor: int) -> bool | None:
-    """Whether the lock was free and is ours now; None where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
-def _is_open_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False
-
-
-def _host() -> str:
-    return hashlib.sha256(socket.gethostname().encode()).hexdigest()[:8]
-
-
-def _check_complete(directory: Path, required: Sequence[str]) -> None:
-    for file in required:
-        try:
-            status = os.lstat(directory / file)
-        except FileNotFoundError:
-            raise PublishError(f"a version needs {file}, and the writer made none") from None
-        if not stat.S_ISREG(status.st_mode) or status.st_size == 0:
-            raise PublishError(f"{file} must be a regular file with content, not a link and not empty")
-
-
-def _sync_tree(directory: Path) -> None:
-    # safetensors writes 0600; a file gets what open() would have given it, which the directory's mode shows.
-    readable = stat.S_IMODE(os.stat(directory).st_mode) & 0o666
-    for folder, _, files in os.walk(directory):
-        for file in files:
-            path = Path(folder, file)
-            if path.is_symlink():
-                continue
-            path.chmod(stat.S_IMODE(path.stat().st_mode) | readable)
-            _sync(path)
-        _sync(Path(folder))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _rename_to_next_version(temporary: Path, task: Path) -> int:
-    for _ in range(_MAX_ATTEMPTS):
-        version = max(versions_in(os.listdir(task)), default=0) + 1
-        if version > MAX_VERSION:
-            raise PublishError(f"the adapter is at the highest version number, {MAX_VERSION}")
-        try:
-            # POSIX refuses to rename a directory onto one that is not empty, and a version never is.
-            os.rename(temporary, task / str(version))
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise
-        else:
-            return version
-    raise PublishError("no free version number: other publishers keep taking the next one")
+    return publish_directory(local_path(store), name, write, required)

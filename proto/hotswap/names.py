@@ -1,4 +1,4 @@
-"""Adapter names: `tenant/name`, and `tenant/name@version` where one version is meant.
+"""Adapter names: `tenant/name`, and `tenant/name@3` or `tenant/name@stable` for one version or an alias.
 
 A name becomes a path in a store and a label of a metric, so the alphabet is small on purpose.
 """
@@ -14,6 +14,7 @@ MAX_PART_LENGTH = 64
 MAX_VERSION = 2**31 - 1
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+_ALIAS = re.compile(r"[a-z][a-z0-9_-]*", re.ASCII)
 _VERSION = re.compile(r"[1-9][0-9]{0,9}", re.ASCII)
 
 
@@ -70,6 +71,48 @@ class AdapterName:
                 f"a version is a number from 1 to {MAX_VERSION} without leading zeros, got {_shown(version)}"
             )
         return cls.parse(name), number
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterReference:
+    """What a request calls an adapter: its name, and a version, or an alias, or neither."""
+
+    name: AdapterName
+    version: int | None = None
+    alias: str | None = None
+
+    def __str__(self) -> str:
+        selector = self.alias if self.version is None else self.version
+        return str(self.name) if selector is None else f"{self.name}@{selector}"
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterReference:
+        """What `text` spells as `tenant/name`, `tenant/name@3` or `tenant/name@stable`.
+
+        Raises:
+            InvalidAdapterNameError: `text` is anything else; the message says which rule it breaks.
+        """
+        name, at, selector = text.partition("@")
+        parsed = AdapterName.parse(name)
+        if not at:
+            return cls(parsed)
+        if selector[:1].isascii() and selector[:1].isdigit():
+            return cls(*AdapterName.parse_versioned(text))
+        return cls(parsed, alias=check_alias(selector))
+
+
+def check_alias(text: str) -> str:
+    """`text`, if it may name an alias: 1 to 64 of `a` to `z`, digits, `_` and `-`, a letter first.
+
+    Raises:
+        InvalidAdapterNameError: it is anything else.
+    """
+    if len(text) > MAX_PART_LENGTH or _ALIAS.fullmatch(text) is None:
+        raise InvalidAdapterNameError(
+            f"an alias is 1 to {MAX_PART_LENGTH} lower-case ASCII letters, digits, '_' and '-', and starts "
+            f"with a letter, got {_shown(text)}"
+        )
+    return text
 
 
 def parse_version(text: str) -> int | None:

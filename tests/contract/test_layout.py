@@ -9,17 +9,20 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import hotswap.layout
+import hotswap.publish_directory
 import pytest
 from hotswap.layout import (
     CONFIG_FILE,
+    MANIFEST_FILE,
     WEIGHTS_FILE,
     PublishError,
     content_digest,
+    next_version,
     publish,
     version_path,
     versions_in,
 )
+from hotswap.manifest import Manifest
 from hotswap.names import AdapterName
 
 NAME = AdapterName("acme", "support")
@@ -42,6 +45,7 @@ def test_versions_count_up_from_one(tmp_path):
     assert (directory / CONFIG_FILE).read_bytes() == b"{}"
     assert (directory / WEIGHTS_FILE).read_bytes() == CONTENT
     assert sorted(os.listdir(store / "acme" / "support")) == ["1", "2", "3"]
+    assert Manifest.parse((directory / MANIFEST_FILE).read_bytes()).digest == content_digest(b"{}", CONTENT)
 
 
 def test_the_next_version_follows_the_highest(tmp_path):
@@ -122,7 +126,7 @@ def test_a_version_that_another_publisher_took_is_not_replaced(tmp_path, monkeyp
     publish(tmp_path, NAME, write)
     (version_path(tmp_path, NAME, 1) / "mark").touch()
     seen = iter([[], ["1"]])  # the first look is from before the other one published
-    monkeypatch.setattr(hotswap.layout, "versions_in", lambda entries: versions_in(next(seen)))
+    monkeypatch.setattr(hotswap.publish_directory, "next_version", lambda entries: next_version(next(seen)))
     assert publish(tmp_path, NAME, write) == 2
     assert (version_path(tmp_path, NAME, 1) / "mark").exists()
 
@@ -142,6 +146,7 @@ _PUBLISH_FOREVER = """
 import sys, threading
 from pathlib import Path
 from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE, publish
+from hotswap.manifest import Manifest
 from hotswap.names import AdapterName
 
 def write(directory):
@@ -179,7 +184,7 @@ def test_a_killed_publisher_leaves_whole_versions_only(tmp_path):
     versions = versions_in(os.listdir(task)) if task.exists() else []
     for version in versions:
         directory = version_path(store, NAME, version)
-        assert sorted(os.listdir(directory)) == [CONFIG_FILE, WEIGHTS_FILE]
+        assert sorted(os.listdir(directory)) == [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE]
         assert (directory / CONFIG_FILE).read_bytes() == b"{}"
         assert (directory / WEIGHTS_FILE).read_bytes() == CONTENT
     assert publish(store, NAME, write) == len(versions) + 1

@@ -1,7 +1,6 @@
 import json
 import os
 import threading
-import uuid
 from pathlib import Path
 
 import fsspec
@@ -407,13 +406,6 @@ def test_an_adapter_that_keeps_changing_is_unavailable(tmp_path, monkeypatch):
     monkeypatch.setattr(LocalFileSystem, "cat_file", cat_and_touch)
     with pytest.raises(StoreUnavailableError, match="acme/support@1 keeps changing"):
         store_at(tmp_path).resolve("acme/support")
-
-
-@pytest.fixture
-def memory_url():
-    url = f"memory://{uuid.uuid4().hex}"
-    yield url
-    fsspec.filesystem("memory").rm(url, recursive=True)
 
 
 def upload(url: str, seed: int) -> None:
