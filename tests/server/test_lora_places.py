@@ -77,19 +77,20 @@ class Setting:
         for seed, (name, options) in enumerate(adapters.items()):
             write = partial(write_lora, **options) if isinstance(options, dict) else options
             write(self.model, directory / "acme" / name / "1", seed=seed)
-        self.oracles = {
-            name: Oracle(
-                self.model, {} if name is None else {f"acme/{name}": directory / "acme" / name / "1"}
-            )
-            for name in self.names
-        }
+        self._oracles = {}
+
+    def oracle(self, name):
+        if name not in self._oracles:
+            directories = {} if name is None else {f"acme/{name}": self.store / "acme" / name / "1"}
+            self._oracles[name] = Oracle(self.model, directories)
+        return self._oracles[name]
 
     def reference(self, name):
-        return self.oracles[name].model(full_name(name))
+        return self.oracle(name).model(full_name(name))
 
     def expected(self, name, prompt):
         if (name, prompt) not in self._answers:
-            self._answers[name, prompt] = self.oracles[name].generate(full_name(name), prompt, NEW_TOKENS)
+            self._answers[name, prompt] = self.oracle(name).generate(full_name(name), prompt, NEW_TOKENS)
         return self._answers[name, prompt]
 
     def assert_equal(self, name, outcome):
@@ -162,14 +163,15 @@ def test_every_method_in_one_batch_under_pressure(tokenizer, tmp_path):
     pressure = {"kv_pages": 130, "page_size": 2, "slots": 2, "max_batch_tokens": 40}
     with Running(prepared(setting.model), tokenizer, tmp_path, **pressure) as running:
         plain = [start(running, None, random_prompt(30, seed=100 + index)) for index in range(6)]
+        again = [*setting.names, *setting.names[:4]]
         arrivals = [
             partial(start, running, name, random_prompt(1 + 17 * index % 60, seed=index))
-            for index, name in enumerate(setting.names * 2)
+            for index, name in enumerate(again)
         ]
         outcomes = running.arrive(arrivals, every=1)
         for outcome in plain:
             setting.assert_equal(None, outcome)
-        for name, outcome in zip(setting.names * 2, outcomes, strict=True):
+        for name, outcome in zip(again, outcomes, strict=True):
             setting.assert_equal(name, outcome)
         assert running.engine.stats().preemptions > 0
         assert running.recorder.count("evicted") > 0
@@ -237,6 +239,36 @@ def test_what_is_no_linear_layer_is_not_merged(base, adapter, problem, tokenizer
         setting.assert_equal(adapter, start(running, adapter, random_prompt(8, seed=1)))
 
 
+@pytest.mark.parametrize("kernels", ["reference", "onednn"])
+def test_other_kernels_agree(kernels, tokenizer, tmp_path):
+    setting = Setting(BASES["qwen2"], tmp_path, {"all": EMBEDDINGS["all"], **BIASES})
+    with Running(prepared(setting.model, kernels), tokenizer, tmp_path, max_batch_tokens=24) as running:
+        crowd = [
+            (name, start(running, name, random_prompt(3 + 7 * index, seed=index)))
+            for index, name in enumerate(setting.names)
+        ]
+        for name, outcome in crowd:
+            setting.assert_equal(name, outcome)
+
+
+def test_in_bfloat16_logits_are_near_peft_s(tokenizer, tmp_path):
+    """As near as rounding of the same weights in another order leaves them."""
+    adapters = {name: EMBEDDINGS[name] | {"std": 0.1} for name in ("all", "dora")}
+    setting = Setting(BASES["gemma"], tmp_path, adapters)
+    setting.model.bfloat16()
+    base = prepared(setting.model, "reference")
+    tokens = random_prompt(30, seed=2)
+    with Running(base, tokenizer, tmp_path) as running:
+        for name in setting.names:
+            with torch.inference_mode():
+                logits = setting.reference(name)(input_ids=torch.tensor([tokens])).logits[0]
+            expected = logits.float().log_softmax(-1)[torch.arange(29), list(tokens[1:])]
+            scored = running.score(tokens, full_name(name)).scored
+            got = torch.tensor([entry.logprob for entry in scored.logprobs])
+            error = float((got - expected).abs().max() / expected.abs().max())
+            assert error < 0.05, (name, error)
+
+
 class Counting:
     """Kernels that count the calls of `lora`."""
 
@@ -254,7 +286,8 @@ class Counting:
 
 def test_others_do_not_pay(tokenizer, tmp_path, monkeypatch):
     """Neither the base nor another LoRA runs anything for places that none of the batch's adapters has."""
-    setting = Setting(BASES["qwen2"], tmp_path, EMBEDDINGS | BIASES | PLAIN)
+    rich = {name: (EMBEDDINGS | BIASES)[name] for name in ("embedding", "head", "dora", "both_biases")}
+    setting = Setting(BASES["qwen2"], tmp_path, rich | PLAIN)
     base = prepared(setting.model)
     counting = Counting(base.state.kernels)
     monkeypatch.setattr(base.state, "kernels", counting)

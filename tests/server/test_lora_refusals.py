@@ -85,6 +85,10 @@ REFUSED: dict[str, tuple[Edit, str]] = {
     "olora": (fields(init_lora_weights="olora"), "init_lora_weights 'olora'"),
     "task": (fields(task_type="SEQ_CLS"), "task_type 'SEQ_CLS'"),
     "peft_type": (fields(peft_type="LOHA"), "peft_type 'LOHA' is not served"),
+    "prompt_tuning": (
+        fields(peft_type="PROMPT_TUNING"),
+        "'PROMPT_TUNING' is not served; train with one that is: .*PREFIX_TUNING",
+    ),
     "unused_tensor": (added("base_model.model.extra.weight", 3), "tensor base_model.model.extra.weight"),
     "unused_module": (
         lambda directory: edit_config(directory, target_modules=["q_proj"]),

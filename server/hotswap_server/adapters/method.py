@@ -149,5 +149,5 @@ def method_of(config: Mapping[str, object]) -> str:
             return method.name
     served = ", ".join(sorted(method.peft_type for method in available_methods().values()))
     raise AdapterInvalidError(
-        f"adapter_config.json: peft_type {peft_type!r} is not served; these are: {served}"
+        f"adapter_config.json: peft_type {peft_type!r} is not served; train with one that is: {served}"
     )
