@@ -30,6 +30,7 @@ from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.engine import Engine, EngineOptions
 from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.engine.observer import RequestRecord, StepRecord
+from hotswap_server.metrics import Metrics
 
 SOON_S = 60.0
 _ids = itertools.count()
@@ -145,12 +146,14 @@ class Running:
         self,
         base: BaseModel,
         tokenizer: Any,
-        store: Path,
+        store: Path | str,
         *,
         kv_pages: int = 256,
         page_size: int = 16,
         slots: int = 8,
         max_rank: int = 64,
+        manager: dict[str, Any] | None = None,
+        observer: Metrics | None = None,
         **options: Any,
     ) -> None:
         page_bytes = PagedKVCache.bytes_per_page(base.attention, page_size, base.dtype)
@@ -159,14 +162,15 @@ class Running:
             AdapterManager.open_store(str(store)),
             base,
             BankOptions(slots, max_lora_rank=max_rank, max_prefix_tokens=base.max_context),
-            observer=self.recorder,
+            observer=observer or self.recorder,
+            **(manager or {}),
         )
         self.engine = Engine(
             base,
             tokenizer,
             self.adapters,
             EngineOptions(kv_cache_bytes=kv_pages * page_bytes, page_size=page_size, **options),
-            observer=self.recorder,
+            observer=observer or self.recorder,
         )
         self.merges = Merges(self.adapters, base, self.engine.between_steps, observer=self.recorder)
         self.adapters.on_change = self.engine.wake
