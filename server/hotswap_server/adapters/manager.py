@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from itertools import chain
 
+from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import (
@@ -16,6 +17,7 @@ from hotswap_server.adapters.method import (
     available_methods,
     method_of,
 )
+from hotswap_server.adapters.patterns import pattern_budget
 from hotswap_server.adapters.placement import Placement
 from hotswap_server.adapters.residency import (
     AdapterInfo,
@@ -53,6 +55,11 @@ class AdapterManager:
     ) -> None:
         options = options or BankOptions()
         methods = available_methods()
+
+        def parse(raw: RawCheckpoint) -> MethodAdapter:
+            with pattern_budget():
+                return methods[raw.ref.method].parse(raw, base, options)
+
         self._store = store
         self._base = base
         self._observer = observer or NullAdapterObserver()
@@ -63,7 +70,7 @@ class AdapterManager:
         self._loader: Loader[MethodAdapter] = Loader(
             store,
             self._cache,
-            lambda raw: methods[raw.ref.method].parse(raw, base, options),
+            parse,
             workers=load_workers,
             deadline_s=load_deadline_s,
             on_retry=self._observer.retried,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import TypeVar
 
+from hotswap_server.adapters.patterns import Pattern, ends_with
 from hotswap_server.errors import AdapterInvalidError
 
 V = TypeVar("V")
 
 _ALL_LINEAR = "all-linear"  # PEFT resolves it before it saves; others may not
-_MAX_PATTERN = 2000  # characters
 
 
 def target_modules(
@@ -32,7 +31,7 @@ def target_modules(
     if isinstance(targets, str) and targets.lower() == _ALL_LINEAR:
         selected = set(names if linears is None else linears)
     elif isinstance(targets, str):
-        pattern = _compile("target_modules", targets)
+        pattern = Pattern("target_modules", targets)
         selected = {name for name in names if pattern.fullmatch(name)}
         if config.get("layers_to_transform") is not None:
             raise AdapterInvalidError(
@@ -53,7 +52,7 @@ def target_modules(
         }
     excluded = _names_or_pattern(config, "exclude_modules")
     if isinstance(excluded, str) and excluded:
-        pattern = _compile("exclude_modules", excluded)
+        pattern = Pattern("exclude_modules", excluded)
         selected = {name for name in selected if not pattern.fullmatch(name)}
     elif excluded:
         ends = tuple(f".{name}" for name in excluded)
@@ -67,14 +66,14 @@ def matches(config: Mapping[str, object], field: str, module: str) -> bool:
     """Whether `field`, a pattern or a list of name endings as IA³'s `feedforward_modules`, means `module`."""
     given = _names_or_pattern(config, field)
     if isinstance(given, str):
-        return _compile(field, given).fullmatch(module) is not None
+        return Pattern(field, given).fullmatch(module)
     return any(module.endswith(name) for name in given or ())
 
 
 def by_pattern(field: str, patterns: Mapping[str, V], module: str, default: V) -> V:
     """The value of the first pattern that `module` ends with, as PEFT reads `rank_pattern` and its like."""
     for key, value in patterns.items():
-        if _compile(field, rf"(.*\.)?({key})$").match(module):
+        if ends_with(field, key, module):
             return value
     return default
 
@@ -96,8 +95,13 @@ def _layer_selected(config: Mapping[str, object], name: str) -> bool:
         given = [patterns] if isinstance(patterns, str) else patterns
         expressions = [rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\." for pattern in given]
     for expression in expressions:
-        match = _compile("layers_pattern", expression).match(name)
+        match = Pattern("layers_pattern", expression).match(name)
         if match is not None:
+            if match["idx"] is None:
+                raise AdapterInvalidError(
+                    f"adapter_config.json: layers_pattern {patterns!r} matches without a layer's number; put "
+                    "brackets around its alternatives"
+                )
             return int(match["idx"]) in layers
     return False
 
@@ -109,16 +113,3 @@ def _names_or_pattern(config: Mapping[str, object], field: str) -> list[str] | s
     if isinstance(value, list) and all(isinstance(item, str) for item in value):
         return value
     raise AdapterInvalidError(f"adapter_config.json: {field} must be a string or a list of strings")
-
-
-def _compile(field: str, pattern: str) -> re.Pattern[str]:
-    if len(pattern) > _MAX_PATTERN:
-        raise AdapterInvalidError(
-            f"adapter_config.json: {field} holds a pattern of over {_MAX_PATTERN} characters"
-        )
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise AdapterInvalidError(
-            f"adapter_config.json: {field} holds {pattern!r}, no regular expression: {error}"
-        ) from None
