@@ -266,7 +266,7 @@ def test_merging_twice_and_unmerging_what_is_not_merged(plain, tokenizer):
         assert running.merges.merge(ref).result(SOON_S).seconds == 0.0
         assert running.recorder.count("merged") == 1
         running.unmerge("acme/qv")
-        with pytest.raises(MergeRefusedError, match="acme/qv is not merged; nothing is"):
+        with pytest.raises(MergeRefusedError, match=r"acme/qv is not merged$"):
             running.unmerge("acme/qv")
 
 

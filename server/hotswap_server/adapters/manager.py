@@ -8,6 +8,7 @@ from concurrent.futures import Future
 from itertools import chain
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
+from hotswap_server.adapters.finite import check_finite
 from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import (
@@ -58,7 +59,9 @@ class AdapterManager:
 
         def parse(raw: RawCheckpoint) -> MethodAdapter:
             with pattern_budget():
-                return methods[raw.ref.method].parse(raw, base, options)
+                adapter = methods[raw.ref.method].parse(raw, base, options)
+            check_finite(adapter)
+            return adapter
 
         self._store = store
         self._base = base

@@ -141,7 +141,9 @@ class Merges:
         ref, started = self.merged, time.monotonic()
         if ref is None or ref.name != name or version not in (None, ref.version):
             asked = name if version is None else f"{name}@{version}"
-            raise MergeRefusedError(f"{asked} is not merged; {ref or 'nothing'} is", adapter=asked)
+            # Another adapter may be, but is none of this caller's business.
+            instead = f"; {ref} is" if ref is not None and ref.name == name else ""
+            raise MergeRefusedError(f"{asked} is not merged{instead}", adapter=asked)
         self._swap(None)
         seconds = time.monotonic() - started
         self._gone(ref)

@@ -14,6 +14,7 @@ import grpc
 import pytest
 from grpc_status import rpc_status
 from hotswap.v1 import adapters_pb2_grpc, inference_pb2_grpc
+from hotswap_server.adapters.merges import MergeChange
 from hotswap_server.adapters.residency import AdapterInfo, InUse, Residency
 from hotswap_server.core import (
     AdapterRef,
@@ -27,7 +28,12 @@ from hotswap_server.core import (
     Timings,
     TokenLogprob,
 )
-from hotswap_server.errors import AdapterInUseError, AdapterNotFoundError, DrainingError
+from hotswap_server.errors import (
+    AdapterInUseError,
+    AdapterNotFoundError,
+    DrainingError,
+    MergeRefusedError,
+)
 from hotswap_server.grpc.server import Bound, GrpcServer
 from hotswap_server.metrics import Metrics
 
@@ -114,6 +120,23 @@ class FakeManager:
         return future
 
 
+class FakeMerges:
+    """Merges at once, and unmerges nothing."""
+
+    def __init__(self, adapters: FakeManager) -> None:
+        self.adapters = adapters
+
+    def merge(self, ref: AdapterRef) -> Future[MergeChange]:
+        future: Future[MergeChange] = Future()
+        future.set_result(MergeChange(self.adapters.infos[ref.name, ref.version], 0.1))
+        return future
+
+    def unmerge(self, name: str, version: int | None) -> Future[MergeChange]:
+        future: Future[MergeChange] = Future()
+        future.set_exception(MergeRefusedError(f"{name} is not merged", adapter=name))
+        return future
+
+
 @dataclass
 class FakeEngine:
     """Answers `num_tokens` tokens, `pause` seconds apart, or raises `error` before the first."""
@@ -136,6 +159,7 @@ class FakeEngine:
 
     def __post_init__(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self.merges = self.merges or FakeMerges(self.adapters)
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta | Finished]:
         if self.draining:

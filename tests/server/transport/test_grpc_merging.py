@@ -79,7 +79,7 @@ async def test_a_merge_and_back_seen_by_a_client(served):
         assert [answer.token_ids for answer in during] == [answer.token_ids for answer in before]
         with pytest.raises(FailedPrecondition, match="is merged; unmerge it first"):
             await s.client.adapters.unload("acme/hot")
-        with pytest.raises(FailedPrecondition, match="acme/other is not merged; acme/hot@1 is") as refused:
+        with pytest.raises(FailedPrecondition, match=r"acme/other is not merged$") as refused:
             await s.client.adapters.unmerge("acme/other")
         assert refused.value.reason == "MERGE_REFUSED"
 
