@@ -24,6 +24,7 @@ from hotswap_server.adapters.method import BankOptions, slots_within
 from hotswap_server.config import ServeSettings, flag_of
 from hotswap_server.engine.base import BaseModel, load_base
 from hotswap_server.engine.engine import EngineOptions
+from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.service import EngineService
 from hotswap_server.errors import BaseModelError, HotswapError, InvalidRequestError
 from hotswap_server.grpc.server import Bound, GrpcServer, PortInUseError
@@ -162,6 +163,8 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
     metrics.watch_engine(engine.stats)
     metrics.watch_adapters(loaded.adapters.slot_stats, loaded.adapters.host_stats)
+    if settings.tenant_metrics:
+        metrics.watch_tenants(engine.tenants)
     metrics.describe_build(
         version=_version(), torch=torch.__version__, device=str(loaded.base.device), base=settings.base
     )
@@ -276,6 +279,12 @@ def _engine_options(settings: ServeSettings) -> EngineOptions:
         kv_cache_bytes=settings.kv_cache_bytes,
         max_context=settings.max_context,
         max_queue=settings.max_queue,
+        fairness=FairnessOptions(
+            input_token_weight=settings.input_token_weight,
+            output_token_weight=settings.output_token_weight,
+            tenant_weights=settings.tenant_weights,
+            max_running_per_tenant=settings.max_running_per_tenant,
+        ),
     )
 
 

@@ -52,7 +52,7 @@ def _option(name: str, field: FieldInfo) -> Any:
     help_text = field.description or ""
     if field.is_required():
         help_text += " Required."
-    elif field.default is not None:
+    elif field.default not in (None, {}):
         default = field.default
         shown = default.human_readable() if isinstance(default, ByteSize) else str(default).lower()
         help_text += (
@@ -64,15 +64,18 @@ def _option(name: str, field: FieldInfo) -> Any:
             typer.Option(f"{flag}/--no-{name.replace('_', '-')}", help=help_text, show_default=False),
         ]
     return Annotated[
-        str | None, typer.Option(flag, metavar=_metavar(field.annotation), help=help_text, show_default=False)
+        str | None,
+        typer.Option(flag, metavar=_metavar(name, field.annotation), help=help_text, show_default=False),
     ]
 
 
-def _metavar(annotation: Any) -> str:
+def _metavar(name: str, annotation: Any) -> str:
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = get_args(annotation)[0]
     if get_origin(annotation) is Literal:
         return "|".join(get_args(annotation))
+    if name.endswith("weight"):
+        return "NUMBER"
     return {int: "INTEGER", float: "SECONDS", ByteSize: "BYTES", Path: "FILE"}.get(annotation, "TEXT")
 
 

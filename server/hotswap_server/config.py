@@ -104,6 +104,20 @@ class ServeSettings(BaseSettings):
         30.0, gt=0, description="With auto: the time for which it must have had it, in seconds."
     )
 
+    max_running_per_tenant: int | None = Field(
+        None, ge=1, description="Most requests of one tenant in the batch; default: no limit of its own."
+    )
+    tenant_weights: Annotated[dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], NoDecode] = (
+        Field({}, description="Shares of tenants under load, such as acme=2,globex=0.5; others have 1.")
+    )
+    input_token_weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="What a prompt's token costs its tenant."
+    )
+    output_token_weight: float = Field(
+        2.0, gt=0, allow_inf_nan=False, description="What a generated token costs its tenant."
+    )
+    tenant_metrics: bool = Field(False, description="Whether metrics tell the load of each tenant.")
+
     max_queue: int = Field(
         1024, ge=1, description="Most waiting requests; more are answered RESOURCE_EXHAUSTED."
     )
@@ -141,6 +155,17 @@ class ServeSettings(BaseSettings):
         "info", description="Least severe log line."
     )
     log_format: Literal["json", "console"] = Field("console", description="Form of a log line.")
+
+    @field_validator("tenant_weights", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        """`acme=2,globex=0.5`, as flags and variables have it, is a map in YAML."""
+        if not isinstance(value, str):
+            return value
+        pairs = [pair.partition("=") for pair in value.split(",") if pair.strip()]
+        if not all(name.strip() and equals for name, equals, _ in pairs):
+            raise ValueError("input should be pairs such as acme=2,globex=0.5")
+        return {name.strip(): weight.strip() for name, _, weight in pairs}
 
     @field_validator("pin", "preload", mode="before")
     @classmethod

@@ -43,6 +43,10 @@ class AdapterRef:
     def __str__(self) -> str:
         return f"{self.name}@{self.version}"
 
+    @property
+    def tenant(self) -> str:
+        return self.name.partition("/")[0]
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -122,6 +126,8 @@ class GenerateRequest:
     """Generate from `prompt_ids`. `adapter` None means the base model.
 
     `resolve_seconds` were spent to find its version in the store; they count as loading.
+
+    Fairness counts the adapter's tenant, and `tenant` where there is no adapter.
     """
 
     id: str
@@ -129,6 +135,7 @@ class GenerateRequest:
     sampling: SamplingParams
     adapter: AdapterRef | None = None
     resolve_seconds: float = 0.0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +148,7 @@ class ScoreRequest:
     top_logprobs: int = 0
     adapter: AdapterRef | None = None
     resolve_seconds: float = 0.0
+    tenant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

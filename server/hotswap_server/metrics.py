@@ -21,6 +21,7 @@ from hotswap_server.adapters.residency import HostStats, LoadRecord, Residency, 
 from hotswap_server.core import BASE_METHOD, AdapterRef
 from hotswap_server.engine.observer import RequestRecord, StepRecord
 from hotswap_server.errors import HotswapError
+from hotswap_server.tenant_metrics import TenantCollector
 from hotswap_server.tier_metrics import TierCollector
 
 UNKNOWN: Final = "unknown"
@@ -155,6 +156,10 @@ class Metrics:
     ) -> None:
         """Read the gauges of slots, by method, and of host memory whenever they are scraped."""
         self.registry.register(TierCollector(slots, host))
+
+    def watch_tenants(self, load: Callable[[], Mapping[str, tuple[int, int]]]) -> None:
+        """Read running and waiting requests by tenant from `load` whenever they are scraped."""
+        self.registry.register(TenantCollector(load))
 
     def call_started(self, rpc: str) -> None:
         self._in_flight.labels(rpc).inc()

@@ -54,6 +54,16 @@ def test_sizes_may_have_units(text, expected, yaml_file):
     assert load_settings(yaml_file(f"store: s\nkv_cache_bytes: {text}")).kv_cache_bytes == expected
 
 
+def test_weights_are_a_map_or_pairs(yaml_file, monkeypatch):
+    weights = {"acme": 2.0, "globex": 0.5}
+    assert load_settings(store="s", tenant_weights="acme=2, globex=0.5").tenant_weights == weights
+    assert (
+        load_settings(yaml_file("store: s\ntenant_weights: {acme: 2, globex: 0.5}")).tenant_weights == weights
+    )
+    monkeypatch.setenv("HOTSWAP_SERVE_TENANT_WEIGHTS", "acme=2,globex=0.5")
+    assert load_settings(store="s").tenant_weights == weights
+
+
 def test_an_empty_variable_or_null_key_is_not_given(yaml_file, monkeypatch):
     monkeypatch.setenv("HOTSWAP_SERVE_PORT", "")
     assert load_settings(yaml_file("store: s\nport: null\n")).port == 50051
@@ -86,6 +96,8 @@ def test_settings_cannot_be_changed():
         ("", {}, {"store": "s", "kv_cache_bytes": "3 cows"}, ["kv_cache_bytes", "cows"]),
         ("", {}, {"store": "s", "drain_timeout": "inf"}, ["drain_timeout", "finite"]),
         ("", {}, {"store": "s", "drain_timeout": "nan"}, ["drain_timeout", "'nan'"]),
+        ("", {}, {"store": "s", "tenant_weights": "acme"}, ["tenant_weights", "acme=2", "--tenant-weights"]),
+        ("", {}, {"store": "s", "tenant_weights": "acme=0"}, ["tenant_weights", "'0'", "greater than 0"]),
         ("", {}, {"store": "s", "max_timeout": "-1"}, ["max_timeout", "'-1'"]),
     ],
 )

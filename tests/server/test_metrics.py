@@ -138,3 +138,12 @@ def test_the_endpoint_answers_until_it_is_closed(metrics, unused_tcp_port):
     assert all(name.startswith("hotswap_") for name in names)
     with socket.socket() as probe:
         assert probe.connect_ex(("127.0.0.1", server.port)) != 0
+
+
+def test_tenants_are_shown_only_if_asked_for_and_only_the_busiest(metrics):
+    load = {f"t{index}": (1, 0) for index in range(70)} | {"acme": (3, 2)}
+    assert sample(metrics, "tenant_requests_running", tenant="acme") is None
+    metrics.watch_tenants(lambda: load)
+    assert sample(metrics, "tenant_requests_running", tenant="acme") == 3
+    assert sample(metrics, "tenant_requests_waiting", tenant="acme") == 2
+    assert sample(metrics, "tenant_requests_running", tenant="_other") == 7

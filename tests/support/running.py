@@ -256,8 +256,8 @@ class Running:
         self.engine.cancel(outcome.request.id)
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + SOON_S
+def wait_until(condition: Callable[[], bool], within: float = SOON_S) -> None:
+    until = time.monotonic() + within
     while not condition():
         assert time.monotonic() < until, "it never came true"
         time.sleep(0.001)

@@ -85,6 +85,8 @@ class AdapterManager:
         self.expect = self._placement.expect
         self.forget = self._placement.forget
         self.try_acquire = self._placement.try_acquire
+        self.prefer = self._placement.prefer
+        self.take_changes = self._placement.take_changes
         self.release = self._placement.release
         self.on_change: Callable[[], None] = lambda: None
         self.cancel_users: Callable[[AdapterRef], None] = lambda ref: None

@@ -62,6 +62,7 @@ class Placement:
         self._closed = False
         self._clock = itertools.count(1)
         self._wanted: Counter[AdapterRef] = Counter()  # requests that have no slot yet
+        self._changes: dict[AdapterRef, HotswapError | None] = {}  # since the engine asked last
         self._num_fetching = 0
         self._held_bytes = 0  # of adapters between host memory and a slot
         self._mean_bytes = 0.0
@@ -136,6 +137,18 @@ class Placement:
             self.advance(ref.method)
         return None
 
+    def prefer(self, ref: AdapterRef) -> bool:
+        with self.lock:
+            return self._slots[ref.method].prefer(ref)
+
+    def take_changes(self) -> dict[AdapterRef, HotswapError | None]:
+        with self.lock:
+            changes, self._changes = self._changes, {}
+            for slots in self._slots.values():
+                changes |= dict.fromkeys(slots.reopened)
+                slots.reopened.clear()
+        return changes
+
     def release(self, ref: AdapterRef) -> None:
         with self.acting():
             resident = self.residents[ref]
@@ -168,6 +181,7 @@ class Placement:
         if pinned or held:
             resident.pinned, resident.held = resident.pinned or pinned, resident.held or held
             resident.yielding = False
+            self._note(ref)
         if loaded is not None:
             resident.on_loaded.append(loaded)
         if begun:
@@ -197,6 +211,7 @@ class Placement:
                 self._later.append(lambda promise=promise: promise.set_result(None))  # type: ignore[misc]
         if self._wanted[ref]:
             self.bring(ref)
+            self._note(ref)
 
     def advance(self, method: str) -> None:
         """Give slots to who is first in line, from those that are free or used by nobody."""
@@ -335,6 +350,7 @@ class Placement:
         resident.waiting_since = time.monotonic()
         self._held_bytes += adapter.nbytes
         self._slots[resident.ref.method].line[resident.ref] = resident
+        self._note(resident.ref)
         self.advance(resident.ref.method)
 
     def _place(self, resident: Resident) -> None:
@@ -358,6 +374,7 @@ class Placement:
             else:
                 resident.state = State.READY
                 resident.last_used = next(self._clock)
+                self._note(resident.ref)
                 self._promise(resident, None)
                 now = time.monotonic()
                 record = LoadRecord(resident.ref, now - resident.since, began - resident.waiting_since)
@@ -375,10 +392,16 @@ class Placement:
         failure = error
         resident.state, resident.error, resident.since = State.FAILED, failure, time.monotonic()
         resident.pinned = resident.held = False
+        self._note(ref, failure)
         self._promise(resident, failure)
         self._later += [lambda: self._observer.failed(ref, failure), self._changed]
         if resident.leaving or not self._wanted[ref]:
             self.leave(resident)
+
+    def _note(self, ref: AdapterRef, error: HotswapError | None = None) -> None:
+        """Something for the engine, if it waits for `ref`."""
+        if self._wanted[ref] > 0:
+            self._changes[ref] = error
 
     def _let_go(self, resident: Resident) -> None:
         """Of the copy in host memory, which it needs no longer."""

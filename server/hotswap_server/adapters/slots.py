@@ -89,6 +89,8 @@ class Slots:
         self.line: OrderedDict[AdapterRef, Resident] = OrderedDict()
         self.queue: OrderedDict[AdapterRef, Resident] = OrderedDict()
         """Before the line: those that the store is to be asked for."""
+        self.reopened: list[AdapterRef] = []
+        """What was closed to new requests and is so no longer, until somebody takes note."""
         self._free = list(range(num_slots))[::-1]
         self._held: dict[int, Resident] = {}
 
@@ -103,6 +105,13 @@ class Slots:
         resident.slot = self._free.pop()
         self._held[resident.slot] = resident
         return True
+
+    def prefer(self, ref: AdapterRef) -> bool:
+        """Put `ref` first where it waits; whether that is in the line."""
+        for waiting in (self.line, self.queue):
+            if ref in waiting:
+                waiting.move_to_end(ref, last=False)
+        return ref in self.line
 
     def give_back(self, resident: Resident) -> None:
         if resident.slot is not None:
@@ -125,6 +134,7 @@ class Slots:
         closed = [resident for resident in self._held.values() if resident.yielding]
         for resident in closed[len(impatient) :]:
             resident.yielding = False
+            self.reopened.append(resident.ref)
         for waiting in impatient[len(closed) :]:
             candidates = [
                 resident

@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import structlog
@@ -23,12 +23,14 @@ from hotswap_server.engine.admission import admit
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import BatchBuilder
 from hotswap_server.engine.collector import Collector
+from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, StepRecord
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.runner import ModelRunner
-from hotswap_server.engine.scheduler import AdapterResidency, Plan, Scheduler
+from hotswap_server.engine.scheduler import Plan, Scheduler
 from hotswap_server.engine.sequence import EventSink, Sequence, Stage
+from hotswap_server.engine.slots import AdapterResidency
 from hotswap_server.errors import (
     AdapterUnloadedError,
     DrainingError,
@@ -55,6 +57,7 @@ class EngineOptions:
     kv_cache_bytes: int = 2**30
     max_context: int | None = None
     max_queue: int = 1024
+    fairness: FairnessOptions = field(default_factory=FairnessOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +117,7 @@ class Engine:
             max_batch_size=options.max_batch_size,
             max_batch_tokens=options.max_batch_tokens,
             max_context=self.max_context,
+            fairness=options.fairness,
         )
         self._builder = BatchBuilder(
             max_tokens=options.max_batch_tokens,
@@ -223,6 +227,13 @@ class Engine:
             kv_pages_prefixes=self._prefixes.num_pages,
             preemptions=self._scheduler.num_preemptions,
         )
+
+    def tenants(self) -> dict[str, tuple[int, int]]:
+        """Requests that run and that wait, by tenant, of those that have any."""
+        return {
+            name: (tenant.num_running, tenant.num_waiting)
+            for name, tenant in dict(self._scheduler.waiting.tenants).items()
+        }
 
     @property
     def idle(self) -> bool:

@@ -27,10 +27,9 @@ _SCORE_SAMPLING = SamplingParams(max_new_tokens=1, temperature=0.0)
 
 
 class Stage(Enum):
-    """What a sequence is waiting for or doing; the time in each is reported."""
+    """What a sequence is doing; the time in each is reported."""
 
     QUEUED = auto()
-    LOADING = auto()
     PREFILL = auto()
     DECODE = auto()
 
@@ -48,6 +47,10 @@ class Sequence:
     pages: list[int] = field(default_factory=list)  # those of the prefix come first
     slot: int | None = None  # the adapter's, held until the request ends
     merged: bool = False  # whether the last step ran over weights that hold its adapter
+    tenant: str = ""  # who is charged: the adapter's tenant, else the request's
+    order: int = 0  # of arrival, given by the queue
+    charged: bool = False  # whether its prompt was
+    lane_time: float = 0.0  # that the lane had been without its adapter when this one joined it
     prefix: Prefix | None = None  # the adapter's, known when it has a slot
     seed: int = 0
     scored: list[TokenLogprob] = field(default_factory=list)
@@ -62,6 +65,8 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.request.prompt_ids)
         self.timings.load = self.request.resolve_seconds
+        adapter = self.request.adapter
+        self.tenant = self.request.tenant if adapter is None else adapter.tenant
         given = self.sampling.seed
         self.seed = secrets.randbits(63) if given is None else given
 
@@ -109,6 +114,12 @@ class Sequence:
     def num_uncomputed(self) -> int:
         return len(self.token_ids) - self.num_computed
 
+    def admit(self, without_adapter: float) -> None:
+        """It runs now; `without_adapter` seconds of its waiting were for its adapter."""
+        self.enter(Stage.PREFILL)
+        self.timings.queue -= without_adapter
+        self.timings.load += without_adapter
+
     def enter(self, stage: Stage) -> None:
         """Close the account of the present stage and open the next one's."""
         now = time.perf_counter()
@@ -116,8 +127,6 @@ class Sequence:
         match self._stage:
             case Stage.QUEUED:
                 self.timings.queue += spent
-            case Stage.LOADING:
-                self.timings.load += spent
             case Stage.PREFILL:
                 self.timings.prefill += spent
             case Stage.DECODE:

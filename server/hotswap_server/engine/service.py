@@ -77,6 +77,10 @@ class EngineService:
     def stats(self) -> EngineStats:
         return self._engine.stats()
 
+    def tenants(self) -> dict[str, tuple[int, int]]:
+        """Requests that run and that wait, by tenant, of those that have any."""
+        return self._engine.tenants()
+
     async def generate(self, request: GenerateRequest) -> AsyncIterator[Delta | Finished]:
         """Deltas as they come, then one `Finished`. Leaving the iterator cancels the request.
 

@@ -93,6 +93,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 top_logprobs=request.top_logprobs,
                 adapter=adapter,
                 resolve_seconds=seconds,
+                tenant=current_call().principal.name,
             )
         )
         current_call().facts |= {"path": result.path.value, "prompt_tokens": result.num_prompt_tokens}
@@ -110,7 +111,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         sampling = convert.sampling_params(request.sampling, self._encoder.vocab_size)
         prompt = await self._encoder.encode("input", request.input)
         adapter, seconds = await self._resolve(name, version)
-        return GenerateRequest(uuid.uuid4().hex, prompt, sampling, adapter, resolve_seconds=seconds)
+        return GenerateRequest(
+            uuid.uuid4().hex,
+            prompt,
+            sampling,
+            adapter,
+            resolve_seconds=seconds,
+            tenant=current_call().principal.name,
+        )
 
     async def _resolve(self, name: str, version: int | None) -> tuple[AdapterRef | None, float]:
         """The version to use, and the seconds that the store took, which may have to read the content."""
