@@ -27,11 +27,15 @@ Content = tuple[dict[str, Any], dict[str, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class MixCase:
-    """`requests` sent at once; request i uses `names[i mod len(names)]`, None being the base."""
+    """`requests` sent at once; request i uses `names[i mod len(names)]`, None being the base.
+
+    With `merged` the first of `names` is in the base's weights meanwhile.
+    """
 
     name: str
     requests: int
     names: tuple[str | None, ...]
+    merged: bool = False
 
     def adapter_of(self, request: int) -> str | None:
         return self.names[request % len(self.names)]
@@ -39,10 +43,11 @@ class MixCase:
 
 def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, rank: int) -> list[MixCase]:
     """Random adapters of every method in `store`, and the cases that use them: the base alone, each method
-    with `adapters` distinct ones, and all in turn."""
+    with `adapters` distinct ones, one LoRA for all, batched and merged, and all in turn."""
+    every_linear = f"LoRA r={rank} on all linears"
     kinds: dict[str, tuple[str, Callable[[], Content]]] = {
         f"LoRA r={rank} on q,v": ("lora-qv", lambda: _lora(base, rank, QUERY_VALUE)),
-        f"LoRA r={rank} on all linears": ("lora-all", lambda: _lora(base, rank, ALL_LINEAR)),
+        every_linear: ("lora-all", lambda: _lora(base, rank, ALL_LINEAR)),
         f"bottleneck-{BOTTLENECK_SIZE}": ("bottleneck", lambda: _bottleneck(base)),
         f"prefix-{PREFIX_TOKENS}": ("prefix", lambda: _prefix(base)),
         "IA³ on k,v,down": ("ia3", lambda: _ia3(base)),
@@ -53,7 +58,11 @@ def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, ran
         for adapter in names:
             _save(store / adapter, *make())
         cases.append(MixCase(title, requests, names))
-    cases.append(MixCase("all of them", requests, tuple(case.names[0] for case in cases)))
+        if title == every_linear:
+            cases.append(MixCase(f"{title}, one for all", requests, names[:1]))
+            cases.append(MixCase(f"{title}, merged", requests, names[:1], merged=True))
+    one_each = tuple(dict.fromkeys(case.names[0] for case in cases))
+    cases.append(MixCase("all of them", requests, one_each))
     return cases
 
 
@@ -71,6 +80,7 @@ def measure_mix(
         for case in cases:
             prompts = make_prompts(case.requests, shape.prompt_tokens, vocab_size, seed)
             side.prepare(case)
+            side.merge(case.names[0] if case.merged else None)
             run = side.run(case, prompts, shape.new_tokens if number else min(4, shape.new_tokens))
             if number:  # the first round warms up
                 steps[case.name].append(_step_seconds(run))

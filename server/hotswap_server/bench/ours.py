@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hotswap_server.adapters.manager import AdapterManager
+from hotswap_server.adapters.merges import Merges
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.bench.workload import Requests, Run
 from hotswap_server.core import Delta, Event, Failed, GenerateRequest, SamplingParams
@@ -29,18 +30,27 @@ class EngineSide:
             AdapterManager.open_store(str(store)), base, BankOptions(num_slots=slots, max_lora_rank=rank)
         )
         self._engine = Engine(base, tokenizer, self._manager)
+        self._merges = Merges(self._manager, base, self._engine.between_steps)
         self._manager.on_change = self._engine.wake
         self._engine.start()
         self._sent = 0
 
     def close(self) -> None:
         self._engine.stop()
+        self._merges.close()
         self._manager.close()
 
     def prepare(self, case: Requests) -> None:
         """Load the case's adapters, so that a run measures decoding and not the disk."""
         for name in {case.adapter_of(request) for request in range(case.requests)} - {None}:
             self._manager.load(name, None).result()  # type: ignore[arg-type]
+
+    def merge(self, name: str | None) -> None:
+        """Have this adapter, or none, in the base's weights from now on."""
+        if name is not None:
+            self._merges.merge(self._manager.resolve(name, None)).result()
+        elif (merged := self._merges.merged) is not None:
+            self._merges.unmerge(merged.name).result()
 
     def run(self, case: Requests, prompts: list[list[int]], new_tokens: int) -> Run:
         refs = [
