@@ -8,7 +8,6 @@ import pytest
 import torch
 from hotswap_server.adapters.residency import InUse, Residency
 from hotswap_server.core import ServingPath
-from hotswap_server.engine.merging import LowRankUpdate, merged_weight
 from hotswap_server.errors import AdapterInUseError, CapacityError, MergeRefusedError
 from peft import PeftModel
 from support.adapters import (
@@ -200,6 +199,7 @@ def test_no_adapter_kernel_runs_when_all_rows_are_merged_or_base(plain, tokenize
     monkeypatch.setattr(kernels, "lora", lambda *args: (calls.append(1), lora(*args)))
     with Running(plain.base, tokenizer, plain.store) as running:
         running.merge("acme/all")
+        calls.clear()
         for name in ("acme/all", None):
             running.generate(random_prompt(9, seed=1), name).result()
         assert not calls
@@ -303,9 +303,7 @@ def test_weights_that_are_not_finite_are_refused(plain, tokenizer, tmp_path):
     path = write_lora(plain.model, tmp_path / "acme/bad/1", r=2, target_modules=["up_proj"])
     edit_tensors(path, lambda tensors: {name: tensor * 1e20 for name, tensor in tensors.items()})
     with Running(plain.base, tokenizer, tmp_path) as running:
-        with pytest.raises(
-            MergeRefusedError, match=r"weight of model\.layers\.0\.mlp\.up_proj is not finite"
-        ):
+        with pytest.raises(MergeRefusedError, match=r"model\.layers\.0\.mlp\.up_proj is not finite"):
             running.merge("acme/bad")
         assert running.merges.merged is None
         assert running.adapters.unload("acme/bad", None, in_use=InUse.REFUSE).result(SOON_S) == 1
@@ -328,17 +326,17 @@ def test_others_are_right_however_large_the_merged_update_is(plain, tokenizer, t
 
 def test_a_merge_that_fails_midway_changes_nothing(plain, tokenizer, monkeypatch):
     before, kernels = weights_hash(plain.base), plain.base.state.kernels
-    make, made = kernels.projection, []
+    make, made = kernels.merged, []
 
-    def fails_later(weight, bias):
+    def fails_later(*args):
         if len(made) == 3:
             raise MemoryError("no room")
         made.append(1)
-        return make(weight, bias)
+        return make(*args)
 
     with Running(plain.base, tokenizer, plain.store) as running:
         running.merge("acme/qv")
-        monkeypatch.setattr(kernels, "projection", fails_later)
+        monkeypatch.setattr(kernels, "merged", fails_later)
         with pytest.raises(MemoryError):
             running.merge("acme/all")
         assert running.merges.merged == running.adapters.resolve("acme/qv", None)
@@ -349,6 +347,20 @@ def test_a_merge_that_fails_midway_changes_nothing(plain, tokenizer, monkeypatch
         assert running.adapters.unload("acme/all", None, in_use=InUse.REFUSE).result(SOON_S) == 1
 
 
+def test_merging_takes_one_thread_and_leaves_the_others_theirs(plain, tokenizer):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with Running(plain.base, tokenizer, plain.store) as running:
+            assert running.merges._worker.submit(torch.get_num_threads).result(SOON_S) == 1
+            assert torch.get_num_threads() == 2
+            threads = []
+            running.engine.between_steps(lambda: threads.append(torch.get_num_threads())).result(SOON_S)
+            assert threads == [2]
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_closing_while_one_is_merged_leaves_the_base_bare(plain, tokenizer):
     before = weights_hash(plain.base)
     with Running(plain.base, tokenizer, plain.store) as running:
@@ -357,16 +369,3 @@ def test_closing_while_one_is_merged_leaves_the_base_bare(plain, tokenizer):
         wait_until(lambda: running.engine.idle)
     assert weights_hash(plain.base) == before
     assert not any(group.correction for group in plain.base.projections)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_weight_is_pefts(plain, dtype):
-    """The dense twin: B A in float32, and DoRA's scale over its rows."""
-    torch.manual_seed(0)
-    weight = torch.randn(24, 16).to(dtype)
-    a, b, scale = torch.randn(3, 16), torch.randn(3, 24), torch.rand(24) + 0.5
-    expected = (weight.double() + b.double().t() @ a.double()) * scale.double()[:, None]
-    got = merged_weight(weight, LowRankUpdate(a, b, scale))
-    assert got.dtype is dtype
-    rounding = {torch.float32: 1e-6, torch.bfloat16: 2**-8}[dtype]
-    torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=rounding)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
+import torch
 
 from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.method import MergeableMethod, available_methods
@@ -77,7 +79,8 @@ class Merges:
         self._between_steps = between_steps
         self._enabled = enabled
         self._observer = observer
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="merge")
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="merge", initializer=_on_one_thread)
+        self._worker.submit(lambda: None).result()  # so that this is done before the engine begins
 
     @property
     def merged(self) -> AdapterRef | None:
@@ -124,8 +127,7 @@ class Merges:
             adapter = self._adapters.content(ref).result()
             started = time.monotonic()
             updates = method.updates(adapter)
-            base = self._base
-            self._swap(prepare_merge(ref, updates, base.groups, base.state, head=base.head))
+            self._swap(prepare_merge(ref, updates, self._base))
         except BaseException:
             self._adapters.let_go(ref)
             raise
@@ -158,3 +160,16 @@ class Merges:
         _log.info("adapter_unmerged", adapter=str(ref))
         if self._observer is not None:
             self._observer.unmerged(ref)
+
+
+def _on_one_thread() -> None:
+    """Let torch compute on this thread alone: two teams of threads on the same cores wait for each other.
+
+    The number is one of OpenMP's for every thread, and besides one of the process for threads to come, which
+    another thread gives back.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    restorer = threading.Thread(target=torch.set_num_threads, args=(before,))
+    restorer.start()
+    restorer.join()

@@ -16,8 +16,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.engine.base import BaseModel
-from hotswap_server.engine.merging import LowRankUpdate
 from hotswap_server.errors import AdapterInvalidError, InvalidRequestError
+from hotswap_server.kernels import LowRankUpdate
 
 
 class MethodAdapter(Protocol):

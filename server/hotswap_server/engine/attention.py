@@ -17,6 +17,9 @@ from hotswap_server.kernels import AttentionLayout, Kernels, TokenSlots
 ATTENTION_NAME = "hotswap_paged"
 TRACE_NAME = "hotswap_trace"
 
+OTHERS = "others-of-merged"
+"""Key in a step's slots of the rows that do not use the merged adapter: slot 0; the others -1."""
+
 # Keyword arguments that leave the result of attention alone, or that the paged form honours.
 _KNOWN = frozenset(
     {

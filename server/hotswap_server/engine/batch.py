@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from hotswap_server.core import ScoreRequest
-from hotswap_server.engine.merging import OTHERS
+from hotswap_server.engine.attention import OTHERS
 from hotswap_server.engine.scheduler import Scheduled
 from hotswap_server.kernels import AttentionLayout, TokenSlots
 from hotswap_server.kernels.interface import Segment

@@ -14,64 +14,34 @@ bfloat16  the base alone 1.7e-3; other rows 2.9e-3, 4.5e-3, 3.2e-2; merged again
 
 So in bfloat16 other rows are off by as much as PEFT's merged model is from its unmerged one, as long as the
 update is smaller than W; rounding W' and its product makes most of that. A subtraction in float32 was tried
-and gave 2.9e-3, 3.8e-3 and 2.3e-2, too little for what it costs. Where subtracting would be less accurate
-than that, other rows are computed from the base's own weights, which costs a second product.
+and gave 2.9e-3, 3.8e-3 and 2.3e-2, too little for what it costs. Where subtracting is seen to be worse than
+`_TOLERANCE`, other rows are computed from the base's own weights, which costs a second product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from hotswap_server.core import AdapterRef
-from hotswap_server.engine.attention import StepState
+from hotswap_server.engine.attention import OTHERS, StepState
+from hotswap_server.engine.batch import token_slots
 from hotswap_server.engine.projection import ProjectionDelta, ProjectionGroup
 from hotswap_server.errors import MergeRefusedError
-from hotswap_server.kernels import GroupedLora, Projection
+from hotswap_server.kernels import GroupedLora, LowRankUpdate, Projection, TokenSlots
 
-OTHERS = "others-of-merged"
-"""Key in a step's slots of the rows that do not use the merged adapter: slot 0; the others -1."""
+if TYPE_CHECKING:
+    from hotswap_server.engine.base import BaseModel
+
 _OTHERS_SLOTS = frozenset({0})
 
-# Subtracting is accurate up to this ||W + B A|| / ||W||, and where no scale is smaller than that.
-_MAX_GROWTH = {torch.float32: 4.0}
-_MAX_GROWTH_16_BIT = 1.25
-_MIN_SCALE = 0.25
-_ROWS = 4096  # of a weight, in float32 at a time
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankUpdate:
-    """What an adapter makes of a linear layer's W [out_features, in_features]: `scale` * (W + `b`^T `a`).
-
-    `a` [rank, in_features]; `b` [rank, out_features], the scaling in it; `scale` [out_features] of a DoRA;
-    `shift` [out_features] is added to the bias. Rank 0 leaves the weight alone.
-    """
-
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: torch.Tensor | None = None
-    shift: torch.Tensor | None = None
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
-def merged_weight(weight: torch.Tensor, update: LowRankUpdate) -> torch.Tensor:
-    """The updated weight in its own type and on its device, computed in float32, some rows at a time."""
-    if not update.rank:
-        return weight
-    a, b = (part.to(weight.device, torch.float32) for part in (update.a, update.b))
-    scale = None if update.scale is None else update.scale.to(weight.device, torch.float32)[:, None]
-    merged = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        part = torch.addmm(weight[rows].float(), b[:, rows].t(), a)
-        merged[rows] = part if scale is None else part.mul_(scale[rows])
-    return merged
+# Error of subtracting, relative to a projection's output, up to which it is done.
+_TOLERANCE = {torch.float32: 4e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+_NUM_PROBES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,82 +59,65 @@ class PreparedMerge:
     swaps: tuple[_Swap, ...]
 
 
-def prepare_merge(
-    ref: AdapterRef,
-    updates: Mapping[str, LowRankUpdate],
-    groups: Iterable[ProjectionGroup],
-    state: StepState,
-    *,
-    head: ProjectionGroup | None = None,
-) -> PreparedMerge:
+def prepare_merge(ref: AdapterRef, updates: Mapping[str, LowRankUpdate], base: BaseModel) -> PreparedMerge:
     """Compute what merging `updates`, by module name, needs. Takes long, on any thread; changes nothing.
-
-    `head` is the one of `groups` that sees the step's logit rows alone.
 
     Raises:
         MergeRefusedError: a module is no projection of the base, or its merged weight is not finite.
     """
-    groups = list(groups)
-    known = {name for group in groups for name in group.names}
+    known = {name for group in base.groups for name in group.names}
     if unknown := sorted(set(updates) - known):
         raise MergeRefusedError(
             f"{ref} changes {unknown[0]}, which is no linear layer: its output cannot be freed from that for "
             "other requests. Serve the adapter batched, or merge it offline with `hotswap merge`",
             adapter=str(ref),
         )
+    touched = [group for group in base.groups if any(name in updates for name in group.names)]
     with torch.inference_mode():
-        swaps = tuple(
-            _swap(ref, group, updates, state, group is head)
-            for group in groups
-            if any(name in updates for name in group.names)
-        )
-        if torch.cuda.is_available():  # what was begun here must be there when another stream reads it
-            torch.cuda.current_stream().synchronize()
+        swaps = tuple(_swap(ref, group, updates, base) for group in touched)
+        if base.device.type == "cuda":  # what was begun here must be there when another stream reads it
+            torch.cuda.current_stream(base.device).synchronize()
     return PreparedMerge(ref, swaps)
 
 
 def _swap(
-    ref: AdapterRef,
-    group: ProjectionGroup,
-    updates: Mapping[str, LowRankUpdate],
-    state: StepState,
-    at_logits: bool,
+    ref: AdapterRef, group: ProjectionGroup, updates: Mapping[str, LowRankUpdate], base: BaseModel
 ) -> _Swap:
-    parts, shifts, accurate = [], [], True
-    for name, width in zip(group.names, group.widths, strict=True):
-        weight = group.weight_of(name)
-        update = updates.get(name)
-        if update is not None:
-            merged = merged_weight(weight, update)
-            if not merged.sum(dtype=torch.float32).isfinite():
-                raise MergeRefusedError(f"{ref}: the merged weight of {name} is not finite", adapter=str(ref))
-            accurate = accurate and _can_subtract(weight, merged, update)
-            weight = merged
-        parts.append(weight)
-        shift = None if update is None else update.shift
-        shifts.append(weight.new_zeros(width) if shift is None else shift.to(weight))
-    weight, bias = torch.cat(parts), group.bias
-    if any(name in updates and updates[name].shift is not None for name in group.names):
-        bias = torch.cat(shifts) if bias is None else bias + torch.cat(shifts)
-    correction: ProjectionDelta = _Recomputed(group, state, at_logits)
-    if accurate:
-        correction = _Subtracted(group, updates, bias, state, at_logits)
-    return _Swap(group, state.kernels.projection(weight, bias), correction)
+    own = [
+        (start, updates[name])
+        for name, start in zip(group.names, group.offsets, strict=True)
+        if name in updates
+    ]
+    bias = group.bias
+    if any(update.shift is not None for _, update in own):
+        bias = torch.zeros(sum(group.widths), dtype=base.dtype, device=base.device)
+        if group.bias is not None:
+            bias += group.bias
+        for start, update in own:
+            if update.shift is not None:
+                bias[start : start + len(update.shift)] += update.shift.to(bias)
+    weights = [(start, update) for start, update in own if update.rank]
+    projection = base.state.kernels.merged(group.base_projection, weights, bias)
+    # Random inputs tell how weights act, whatever form they are in.
+    probe = torch.randn(_NUM_PROBES, group.in_features, generator=torch.Generator().manual_seed(0))
+    probe = probe.to(base.device, base.dtype)
+    exact, out = group.base_projection(probe), projection(probe)
+    if not out.isfinite().all():
+        raise MergeRefusedError(
+            f"{ref}: the merged weight of {', '.join(group.names)} is not finite", adapter=str(ref)
+        )
+    at_logits = group is base.head
+    subtracted = _Subtracted(group, updates, bias, base, at_logits)
+    subtracted.apply(probe, out, token_slots(np.zeros(_NUM_PROBES, np.int32), base.device))
+    accurate = all(
+        _error(out[:, start : start + width], exact[:, start : start + width]) <= _TOLERANCE[base.dtype]
+        for start, width in zip(group.offsets, group.widths, strict=True)
+    )
+    return _Swap(group, projection, subtracted if accurate else _Recomputed(group, base.state, at_logits))
 
 
-def _can_subtract(weight: torch.Tensor, merged: torch.Tensor, update: LowRankUpdate) -> bool:
-    scale = torch.ones(1, 1)
-    if update.scale is not None:
-        scale = update.scale.float()[:, None]
-        if float(scale.abs().min()) < _MIN_SCALE:
-            return False
-    norms = torch.zeros(2)
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        unscaled = merged[rows].float() / (scale[rows] if scale.shape[0] > 1 else scale).to(merged.device)
-        norms += torch.stack([unscaled.square().sum(), weight[rows].float().square().sum()]).cpu()
-    after, before = norms.sqrt().tolist()
-    return bool(after <= _MAX_GROWTH.get(weight.dtype, _MAX_GROWTH_16_BIT) * before)
+def _error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((out.float() - exact.float()).norm() / exact.float().norm().clamp(min=1e-30))
 
 
 class _Recomputed:
@@ -189,16 +142,15 @@ class _Subtracted:
         group: ProjectionGroup,
         updates: Mapping[str, LowRankUpdate],
         bias: torch.Tensor | None,
-        state: StepState,
+        base: BaseModel,
         at_logits: bool,
     ) -> None:
-        self._state = state
+        self._state = base.state
         self._at_logits = at_logits
         own = [updates.get(name) for name in group.names]
-        weight = group.weight_of(group.names[0])
         rank = max(1, *(0 if update is None else update.rank for update in own))
-        a = weight.new_zeros(1, len(own), rank, group.in_features)
-        b = tuple(weight.new_zeros(1, rank, width) for width in group.widths)
+        a = torch.zeros(1, len(own), rank, group.in_features, dtype=base.dtype, device=base.device)
+        b = tuple(torch.zeros(1, rank, width, dtype=base.dtype, device=base.device) for width in group.widths)
         ranks = torch.zeros(1, len(own), dtype=torch.int32)
         scale = torch.ones(sum(group.widths), dtype=torch.float32)
         for member, (update, start) in enumerate(zip(own, group.offsets, strict=True)):
@@ -210,7 +162,7 @@ class _Subtracted:
                 b[member][0, : update.rank] = -update.b
             if update.scale is not None:
                 scale[start : start + group.widths[member]] = update.scale.float()
-        self._bank = GroupedLora(a, b, ranks.to(weight.device), group.widths, group.offsets)
+        self._bank = GroupedLora(a, b, ranks.to(base.device), group.widths, group.offsets)
         # out * factor + summand; the last row is what -1 means.
         factors, summands = torch.ones(2, len(scale)), torch.zeros(2, len(scale))
         factors[0] = 1 / scale
@@ -221,12 +173,15 @@ class _Subtracted:
         if any(
             update is not None and (update.scale is not None or update.shift is not None) for update in own
         ):
-            self._tables = factors.to(weight.device), summands.to(weight.device)
+            self._tables = factors.to(base.device), summands.to(base.device)
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         slots = self._state.slots_of(OTHERS, _OTHERS_SLOTS, at_logits=self._at_logits)
-        if slots is None:
-            return
+        if slots is not None:
+            self.apply(x, out, slots)
+
+    def apply(self, x: torch.Tensor, out: torch.Tensor, slots: TokenSlots) -> None:
+        """The same for rows that `slots` tells."""
         if self._tables is not None:
             factors, summands = (table[slots.index.long()] for table in self._tables)
             out.copy_(torch.addcmul(summands, out.float(), factors))

@@ -7,6 +7,7 @@ from hotswap_server.kernels.interface import (
     BottleneckTable,
     GroupedLora,
     Kernels,
+    LowRankUpdate,
     Projection,
     TokenSlots,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "BottleneckTable",
     "GroupedLora",
     "Kernels",
+    "LowRankUpdate",
     "Projection",
     "TokenSlots",
     "select_kernels",

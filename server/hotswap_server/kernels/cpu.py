@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +11,7 @@ from hotswap_server.kernels.interface import (
     AttentionLayout,
     BottleneckTable,
     GroupedLora,
+    LowRankUpdate,
     Projection,
     TokenSlots,
 )
@@ -28,18 +30,74 @@ _PACK_BATCH_HINT = 16  # oneDNN picks a weight layout for this many rows
 class PanelProjection:
     """The weight in panels [panels, in_features, panel width], read by linear.c."""
 
-    def __init__(self, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, panels: torch.Tensor, out_features: int, bias: torch.Tensor | None
+    ) -> None:
         self._library = library
-        self.out_features, self.in_features = weight.shape
-        width = library.hotswap_panel_width()
-        panels = -(-self.out_features // width)
-        padded = weight.new_zeros(panels * width, self.in_features)
-        padded[: self.out_features] = weight
-        self._panels = padded.view(panels, width, self.in_features).transpose(1, 2).contiguous()
+        self._panels = panels
+        self.out_features, self.in_features = out_features, panels.shape[1]
         self._bias = None
         if bias is not None:
-            self._bias = bias.new_zeros(panels * width)
-            self._bias[: self.out_features] = bias
+            self._bias = bias.new_zeros(panels.shape[0] * panels.shape[2])
+            self._bias[:out_features] = bias
+
+    @classmethod
+    def pack(cls, library: ctypes.CDLL, weight: torch.Tensor, bias: torch.Tensor | None) -> PanelProjection:
+        out_features, in_features = weight.shape
+        width = library.hotswap_panel_width()
+        panels = -(-out_features // width)
+        padded = weight.new_zeros(panels * width, in_features)
+        padded[:out_features] = weight
+        packed = padded.view(panels, width, in_features).transpose(1, 2).contiguous()
+        return cls(library, packed, out_features, bias)
+
+    def merged(
+        self, updates: Sequence[tuple[int, LowRankUpdate]], bias: torch.Tensor | None
+    ) -> PanelProjection:
+        """See `Kernels.merged`; one pass over the panels, on this thread alone."""
+        target, width, done = torch.empty_like(self._panels), self._panels.shape[2], 0
+        for first, update in updates:
+            start, stop = first // width, -(-(first + update.b.shape[1]) // width)
+            target[done:start] = self._panels[done:start]
+            if start < done:  # the update before has written the panel that both reach
+                self._update(target, target, start, done, first, update)
+            if max(start, done) < stop:
+                self._update(self._panels, target, max(start, done), stop, first, update)
+            done = stop
+        target[done:] = self._panels[done:]
+        return PanelProjection(self._library, target, self.out_features, bias)
+
+    def _update(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        start: int,
+        stop: int,
+        first: int,
+        update: LowRankUpdate,
+    ) -> None:
+        """Panels `start` to `stop` of the target, of which the update may reach a part of the outer ones."""
+        width = self._panels.shape[2]
+        b = torch.zeros(update.rank, (stop - start) * width)
+        scale = torch.ones((stop - start) * width)
+        # The update's rows, and their columns here.
+        begin = max(first, start * width)
+        end = min(first + update.b.shape[1], stop * width)
+        rows, columns = slice(begin - first, end - first), slice(begin - start * width, end - start * width)
+        b[:, columns] = update.b[:, rows]
+        if update.scale is not None:
+            scale[columns] = update.scale[rows]
+        a = update.a.float().contiguous()
+        self._library.hotswap_merge(
+            source[start].data_ptr(),
+            a.data_ptr(),
+            b.data_ptr(),
+            scale.data_ptr(),
+            target[start].data_ptr(),
+            stop - start,
+            self.in_features,
+            update.rank,
+        )
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous()
@@ -94,7 +152,17 @@ class NativeKernels(ReferenceKernels):
         self._library = library
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
-        return PanelProjection(self._library, weight, bias)
+        return PanelProjection.pack(self._library, weight, bias)
+
+    def merged(
+        self,
+        projection: Projection,
+        updates: Sequence[tuple[int, LowRankUpdate]],
+        bias: torch.Tensor | None,
+    ) -> Projection:
+        if isinstance(projection, PanelProjection):
+            return projection.merged(updates, bias)
+        return super().merged(projection, updates, bias)
 
     def write_cache(
         self,

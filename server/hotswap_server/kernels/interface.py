@@ -68,6 +68,24 @@ class GroupedLora:
     offsets: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LowRankUpdate:
+    """What an adapter makes of a linear layer's W [out_features, in_features]: `scale` * (W + `b`^T `a`).
+
+    `a` [rank, in_features]; `b` [rank, out_features], the scaling in it; `scale` [out_features] of a DoRA;
+    `shift` [out_features] is added to the bias. Rank 0 leaves the weight alone.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor | None = None
+    shift: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
 class Activation(IntEnum):
     """The functions of bottleneck adapters, numbered as in bottleneck.c."""
 
@@ -145,6 +163,18 @@ class Kernels(Protocol):
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         """Prepare `weight` [out_features, in_features]; the caller may free it afterwards."""
+        ...
+
+    def merged(
+        self,
+        projection: Projection,
+        updates: Sequence[tuple[int, LowRankUpdate]],
+        bias: torch.Tensor | None,
+    ) -> Projection:
+        """`projection` with `bias` and with each update made to the rows of its weight from the given one on.
+
+        Updates are in order and apart. Nothing is changed; takes long, so threads of a step are left alone.
+        """
         ...
 
     def write_cache(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -14,10 +14,13 @@ from hotswap_server.kernels.interface import (
     BottleneckLayout,
     BottleneckTable,
     GroupedLora,
+    LowRankUpdate,
     Projection,
     Segment,
     TokenSlots,
 )
+
+_ROWS = 4096  # of a weight, in float32 at a time
 
 
 class PlainProjection:
@@ -34,6 +37,20 @@ class PlainProjection:
         return self._weight
 
 
+def merged_weight(weight: torch.Tensor, update: LowRankUpdate) -> torch.Tensor:
+    """The updated weight in its own type and on its device, computed in float32, some rows at a time."""
+    if not update.rank:
+        return weight
+    a, b = (part.to(weight.device, torch.float32) for part in (update.a, update.b))
+    scale = None if update.scale is None else update.scale.to(weight.device, torch.float32)[:, None]
+    merged = torch.empty_like(weight)
+    for start in range(0, weight.shape[0], _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = torch.addmm(weight[rows].float(), b[:, rows].t(), a)
+        merged[rows] = part if scale is None else part.mul_(scale[rows])
+    return merged
+
+
 class ReferenceKernels:
     """Loops over sequences and adapters in Python: clear, and slow."""
 
@@ -41,6 +58,18 @@ class ReferenceKernels:
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         return PlainProjection(weight, bias)
+
+    def merged(
+        self,
+        projection: Projection,
+        updates: Sequence[tuple[int, LowRankUpdate]],
+        bias: torch.Tensor | None,
+    ) -> Projection:
+        weight = projection.weight().clone()
+        for first, update in updates:
+            rows = weight[first : first + update.b.shape[1]]
+            rows.copy_(merged_weight(rows, update))
+        return self.projection(weight, bias)
 
     def write_cache(
         self,

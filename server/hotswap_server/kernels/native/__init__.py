@@ -19,7 +19,7 @@ from typing import Any
 
 import structlog
 
-_SOURCES = ("linear.c", "attention.c", "lora.c", "bottleneck.c")
+_SOURCES = ("linear.c", "attention.c", "lora.c", "bottleneck.c", "merge.c")
 _HEADERS = ("native.h", "lowrank.h")
 _FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
@@ -98,6 +98,7 @@ def _declare(library: ctypes.CDLL) -> None:
         "hotswap_write_cache": "pii ppp iiii",
         "hotswap_lora": "pppppppp iiiiii",
         "hotswap_bottleneck": "ppppppppppp iiii",
+        "hotswap_merge": "ppppp iii",
     }
     for name, signature in signatures.items():
         function = getattr(library, name)

@@ -25,8 +25,8 @@ from hotswap_server.adapters.methods.lora.tensors import (
 )
 from hotswap_server.adapters.targets import by_pattern, target_modules
 from hotswap_server.engine.base import BaseModel
-from hotswap_server.engine.merging import LowRankUpdate
 from hotswap_server.errors import AdapterInvalidError
+from hotswap_server.kernels import LowRankUpdate
 
 # Fields of LoraConfig that this file reads.
 _READ = frozenset(
