@@ -56,7 +56,7 @@ def zipf(names: list[str], count: int, *, exponent: float) -> list[str]:
 
 @pytest.mark.parametrize(
     ("num_adapters", "num_requests", "host_bytes"),
-    [(60, 80, 80_000), pytest.param(1000, 500, 400_000, marks=pytest.mark.slow)],
+    [(40, 50, 60_000), pytest.param(1000, 500, 400_000, marks=pytest.mark.slow)],
 )
 def test_every_answer_is_the_adapter_s_own(
     llama, llama_base, tokenizer, tmp_path, num_adapters, num_requests, host_bytes
@@ -85,7 +85,7 @@ def test_every_answer_is_the_adapter_s_own(
         stats = running.adapters.host_stats()
         assert wrong == []
         assert stats.bytes <= stats.budget_bytes
-        assert stats.adapters < len(alone) / 2
+        assert stats.adapters < 0.7 * len(alone)
         assert running.adapters._cache.stats.leased_bytes == 0
         assert all(taken == SLOTS for taken, _ in running.adapters.slot_counts().values())
         assert len(running.adapters._placement.residents) == SLOTS * len(METHODS)
