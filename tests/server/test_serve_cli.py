@@ -164,6 +164,15 @@ def test_a_killed_server_starts_again_on_the_same_store_and_port(process, store,
         assert any(re.search(r"^store .*\(1 adapter\)", line) for line in second.output)
 
 
+def test_a_server_that_others_reach_says_what_they_can_do(process, tmp_path):
+    with process("--host", "0.0.0.0", "--log-level", "warning") as running:
+        assert any("no TLS, every caller may do all" in line for line in running.output)
+        warnings = [line for line in running.errors if "open_to_the_network" in line]
+    assert len(warnings) == 2
+    assert "--keys-file" in "".join(warnings)
+    assert "--tls-cert" in "".join(warnings)
+
+
 @pytest.fixture
 def run(tiny_base, store, monkeypatch):
     """`run(*flags)` calls the command in this process; for what ends before serving."""

@@ -22,6 +22,7 @@ from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import Metrics
 from hotswap_server.security.access import Access
 from hotswap_server.security.setup import Security
+from hotswap_server.security.tls import ServerCertificates
 
 SERVICES: Final = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -131,13 +132,11 @@ class GrpcServer:
         Raises:
             PortInUseError: an address is taken, or not this machine's.
         """
-        credentials = None
-        if self._security.certificates is not None:
-            credentials = self._security.certificates.credentials()
-        bound = _listen(self._main, Address(host, port), credentials)
+        certificates = self._security.certificates
+        bound = _listen(self._main, Address(host, port), certificates)
         admin = probed = 0
         if self._admin_address is not None:
-            admin = _listen(self._admin, self._admin_address, credentials)
+            admin = _listen(self._admin, self._admin_address, certificates)
         if self._probed is not None and self._health_address is not None:
             probed = _listen(self._probed, self._health_address, None)
         for service in ("", *SERVICES):
@@ -176,11 +175,11 @@ class GrpcServer:
         self._store.close()
 
 
-def _listen(server: grpc.aio.Server, address: Address, credentials: grpc.ServerCredentials | None) -> int:
+def _listen(server: grpc.aio.Server, address: Address, certificates: ServerCertificates | None) -> int:
     """The port, which is a free one if the address's is 0."""
     try:
-        if credentials is None:
+        if certificates is None:
             return server.add_insecure_port(str(address))
-        return server.add_secure_port(str(address), credentials)
+        return server.add_secure_port(str(address), certificates.credentials())
     except RuntimeError as error:
         raise PortInUseError(f"cannot listen on {address}") from error

@@ -12,8 +12,6 @@ import secrets
 from dataclasses import dataclass
 from typing import Final
 
-from hotswap.names import AdapterName
-
 from hotswap_server.errors import HotswapError
 
 # One name stands for another as long as the process lives, so that what is cached of it is, too.
@@ -29,14 +27,15 @@ class Disguise:
 
     @classmethod
     def of(cls, name: str) -> Disguise:
-        """`name` is well-formed; the one that stands for it has its tenant."""
-        tenant = AdapterName.parse(name).tenant
-        digest = hmac.new(_SECRET, name.encode(), hashlib.sha256).hexdigest()
-        return cls(name, f"{tenant}/{digest[:40]}")
+        """`name` is well-formed; the tenant is made up too, as what the store answers may tell of it."""
+        digest = hmac.new(_SECRET, name.encode(), hashlib.sha512).hexdigest()
+        return cls(name, f"{digest[:40]}/{digest[40:80]}")
 
     def reveal(self, text: str) -> str:
         """`text` with the caller's name in it."""
-        return text.replace(self.stand_in, self.name)
+        ours, theirs = self.stand_in.split("/"), self.name.split("/")
+        text = text.replace(self.stand_in, self.name)
+        return text.replace(ours[0], theirs[0]).replace(ours[1], theirs[1])
 
     def reveal_error(self, error: HotswapError) -> HotswapError:
         """`error` in the caller's terms; the same object."""

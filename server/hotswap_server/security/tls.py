@@ -49,7 +49,7 @@ class ServerCertificates:
         return self._files.client_ca is not None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For `add_secure_port`."""
+        """For `add_secure_port`, once: gRPC keeps in them what it has asked for."""
         return grpc.dynamic_ssl_server_credentials(
             self._configuration,
             self._changed,  # type: ignore[arg-type]  # its None is documented, but not in the stubs
