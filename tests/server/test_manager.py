@@ -300,7 +300,7 @@ def test_a_pinned_adapter_stays_and_counts_until_it_is_unpinned(manager):
     assert manager.pin("acme/a", None).result(SOON_S).pinned
     assert manager.pin("acme/b", None).result(SOON_S).residency is Residency.DEVICE
     assert manager.pin("acme/b", 1).result(SOON_S).pinned, "twice is once"
-    with pytest.raises(CapacityError, match=r"2 of 3 lora slots are pinned.*unpin one"):
+    with pytest.raises(CapacityError, match=r"2 of 3 lora slots hold adapters that are pinned.*unpin one"):
         manager.pin("acme/c", None)
     use(manager, "c", "d", "e", "c", "d")
     assert set(evicted(manager)) == {"c", "d", "e"}

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
-from itertools import chain
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.finite import check_finite
@@ -31,6 +29,7 @@ from hotswap_server.adapters.residency import (
 )
 from hotswap_server.adapters.slots import Facts, State
 from hotswap_server.adapters.store import AdapterStore
+from hotswap_server.adapters.unloading import unload
 from hotswap_server.core import AdapterRef
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.errors import AdapterInUseError, CapacityError, HotswapError
@@ -124,16 +123,22 @@ class AdapterManager:
         """The version that a request gets now; see `AdapterStore.resolve`."""
         return self._store.resolve(name, version)
 
-    def list(self) -> list[AdapterInfo]:
-        """Every version in the store, by name. One that cannot be read says why in `error`."""
+    def stored(self) -> Sequence[tuple[str, int]]:
+        """Name and version of all that the store has, ascending; none of it is read."""
+        return sorted((stored.name, version) for stored in self._store.list() for version in stored.versions)
+
+    def list(self, versions: Iterable[tuple[str, int]] | None = None) -> list[AdapterInfo]:
+        """These, or all in the store. One that cannot be read says why in `error`.
+
+        The store reads the content of those that it has not seen yet.
+        """
         infos = []
-        for stored in self._store.list():
-            for version in stored.versions:
-                try:
-                    infos.append(self.get(stored.name, version))
-                except HotswapError as error:
-                    ref = AdapterRef(stored.name, version, "", "")
-                    infos.append(AdapterInfo(ref, Residency.STORE, 0, 0, False, 0, {}, str(error)))
+        for name, version in self.stored() if versions is None else versions:
+            try:
+                infos.append(self.get(name, version))
+            except HotswapError as error:
+                ref = AdapterRef(name, version, "", "")
+                infos.append(AdapterInfo(ref, Residency.STORE, 0, 0, False, 0, {}, str(error)))
         return infos
 
     def get(self, name: str, version: int | None) -> AdapterInfo:
@@ -189,8 +194,7 @@ class AdapterManager:
                 )
                 done.set_exception(error)
                 return
-            with self._placement.acting():
-                self._placement.keep_host_copy(ref)
+            self._placement.host_copies.note(ref)
             done.set_result(None)
 
         fetched.add_done_callback(note)
@@ -253,10 +257,16 @@ class AdapterManager:
         """The versions of a name that are in host or device memory, ascending; the store is not asked."""
         with self._placement.lock:
             refs = {resident.ref for resident in self._placement.matching(name, version)}
-            refs |= self._host_copies(name, version)
+            refs |= self._placement.host_copies.of(name, version)
             infos = [self.describe(ref) for ref in refs]
         found = [info for info in infos if info.residency is not Residency.STORE]
         return sorted(found, key=lambda info: info.ref.version)
+
+    def all_in_memory(self) -> set[tuple[str, int]]:
+        """Name and version of all that are in host or device memory."""
+        with self._placement.lock:
+            ready = {ref for ref, r in self._placement.residents.items() if r.state is State.READY}
+        return {(ref.name, ref.version) for ref in ready | self._placement.host_copies.all()}
 
     def unload(self, name: str, version: int | None, *, in_use: InUse) -> Future[int]:
         """Take a version, or all of a name, from device and host.
@@ -267,55 +277,14 @@ class AdapterManager:
         Raises:
             AdapterInUseError: requests use it and `in_use` is REFUSE, or it is pinned or merged.
         """
-        done: Future[int] = Future()
-        done.set_running_or_notify_cancel()
-        placement = self._placement
-        with placement.acting():
-            leaving = placement.matching(name, version)
-            if any(resident.pinned for resident in leaving):
-                raise AdapterInUseError(f"{name} is pinned; unpin it first", adapter=name)
-            if any(resident.held for resident in leaving):
-                raise AdapterInUseError(f"{name} is merged; unmerge it first", adapter=name)
-            users = sum(resident.users for resident in leaving)
-            if users and in_use is InUse.REFUSE:
-                raise AdapterInUseError(
-                    f"{users} running requests use {name}; wait for them, or set in_use to wait or cancel",
-                    adapter=name,
-                )
-            host_only = self._host_copies(name, version) - {resident.ref for resident in leaving}
-            for ref in host_only:
-                placement.drop_host_copy(ref)
-            parts: list[Future[None]] = []
-            left_now = False
-            for resident in leaving:
-                resident.leaving = True
-                parts.append(part := _promise())
-                resident.on_left.append(part)
-                if resident.users == 0 and resident.state not in (State.FETCHING, State.PLACING):
-                    left_now = True
-                    placement.leave(resident)
-                    placement.advance(resident.ref.method)
-        # Without the lock: the engine takes its own first, and this one when it lets go of a slot.
-        for resident in leaving if in_use is InUse.CANCEL else []:
-            self.cancel_users(resident.ref)
-        if not parts:
-            done.set_result(len(host_only))
-        remaining = itertools.count(len(parts) - 1, -1)
-
-        def one_left(_: Future[None]) -> None:
-            if next(remaining) == 0:
-                done.set_result(len(parts) + len(host_only))
-
-        for part in parts:
-            part.add_done_callback(one_left)
-        if left_now:
-            # What the engine keeps for a version that has left, it can let go of.
-            self.on_change()
-        return done
-
-    def _host_copies(self, name: str, version: int | None) -> set[AdapterRef]:
-        copies = chain.from_iterable(self._placement.host_copies.values())
-        return {ref for ref in copies if ref.name == name and version in (None, ref.version)}
+        return unload(
+            self._placement,
+            name,
+            version,
+            in_use,
+            cancel_users=self.cancel_users,
+            changed=self.on_change,
+        )
 
     def _described(self, ref: AdapterRef, done: Future[None]) -> Future[AdapterInfo]:
         """Where `ref` is once `done` is, or what that failed with."""

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
 
 import structlog
 import torch
 
+from hotswap_server.adapters.deferred import Deferred
 from hotswap_server.adapters.host_cache import HostCache
+from hotswap_server.adapters.host_copies import HostCopies
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import AdapterBank, ClearableBank, MethodAdapter
 from hotswap_server.adapters.residency import AdapterObserver, LoadRecord, Residency, SlotStats
 from hotswap_server.adapters.slots import PATIENCE, Facts, Resident, Slots, State
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import (
-    AdapterInUseError,
     AdapterUnloadedError,
     CapacityError,
     DrainingError,
@@ -66,12 +65,10 @@ class Placement:
         self._num_fetching = 0
         self._held_bytes = 0  # of adapters between host memory and a slot
         self._mean_bytes = 0.0
-        self._later: list[Callable[[], None]] = []
+        self._deferred = Deferred(self._fetch)
+        self.lock, self.acting = self._deferred.lock, self._deferred.acting
         self.residents: dict[AdapterRef, Resident] = {}
-        self.host_copies: dict[str, set[AdapterRef]] = {}
-        """What lies in the host cache, by digest."""
-        self.lock = threading.RLock()
-        cache.on_evict = self._evicted_from_host
+        self.host_copies = HostCopies(cache, lambda ref: observer.evicted(ref, Residency.HOST))
 
     def close(self) -> None:
         """End the copying, failing who waits for it; the loader must have ended."""
@@ -79,25 +76,9 @@ class Placement:
         with self.acting():
             self._closed = True
             for resident in list(self.residents.values()):
-                self._promise(resident, DrainingError("the server is shutting down and loads no adapters"))
-
-    @contextmanager
-    def acting(self) -> Iterator[None]:
-        """With the lock; what others must be told of it they are told afterwards. Does not nest."""
-        later: list[Callable[[], None]] = []
-        try:
-            with self.lock:
-                try:
-                    yield
-                    self._fetch()
-                finally:
-                    later, self._later = self._later, []
-        finally:
-            for tell in later:
-                try:
-                    tell()
-                except Exception:
-                    _log.exception("observer_failed")
+                self._deferred.settle(
+                    resident.on_loaded, DrainingError("the server is shutting down and loads no adapters")
+                )
 
     # What the engine's scheduler asks, see `AdapterResidency`.
 
@@ -157,7 +138,7 @@ class Placement:
                 if resident.leaving or resident.yielding:
                     self.leave(resident)
                 self.advance(ref.method)
-                self._later.append(self._changed)
+                self._deferred.later(self._changed)
 
     # What the manager asks, holding the lock.
 
@@ -187,7 +168,7 @@ class Placement:
         if begun:
             self._begin(resident)
         elif resident.state is State.READY:
-            self._promise(resident, None)
+            self._deferred.settle(resident.on_loaded)
         if pinned or loaded is not None:
             self.advance(ref.method)
         return resident
@@ -202,13 +183,14 @@ class Placement:
         self._let_go(resident)
         if resident.slot is not None:
             self._empty(resident)
-            self._later.append(lambda: self._observer.evicted(ref, Residency.DEVICE))
-        self._promise(resident, AdapterUnloadedError(f"{ref} was unloaded before it was loaded"))
+            self._deferred.later(lambda: self._observer.evicted(ref, Residency.DEVICE))
+        self._deferred.settle(
+            resident.on_loaded, AdapterUnloadedError(f"{ref} was unloaded before it was loaded")
+        )
         if resident.on_left:
-            self.drop_host_copy(ref)
+            self.host_copies.drop(ref)
             self._loader.forget_failure(ref.digest)
-            for promise in resident.on_left:
-                self._later.append(lambda promise=promise: promise.set_result(None))  # type: ignore[misc]
+            self._deferred.settle(resident.on_left)
         if self._wanted[ref]:
             self.bring(ref)
             self._note(ref)
@@ -228,23 +210,6 @@ class Placement:
                 return
             self.leave(victim)
         slots.make_way()
-
-    def drop_host_copy(self, ref: AdapterRef) -> bool:
-        """Let go of the copy in host memory, unless the same content has another name there, or is used."""
-        names = self.host_copies.get(ref.digest, set())
-        if ref not in names:
-            return False
-        names.discard(ref)
-        if not names:
-            del self.host_copies[ref.digest]
-            with suppress(AdapterInUseError):
-                self._cache.remove(ref.digest)
-        return True
-
-    def keep_host_copy(self, ref: AdapterRef) -> None:
-        """Note that `ref` was brought to host memory."""
-        if ref.digest in self._cache:
-            self.host_copies.setdefault(ref.digest, set()).add(ref)
 
     def matching(self, name: str, version: int | None) -> list[Resident]:
         """The entries of a version, or of all of a name, failed ones left out."""
@@ -327,7 +292,7 @@ class Placement:
                 self._fail(resident, error)
             else:
                 adapter = future.result()
-                self.keep_host_copy(resident.ref)
+                self.host_copies.note(resident.ref)
                 self._mean_bytes += (adapter.nbytes - self._mean_bytes) / 8
                 if resident.leaving or not self._is_needed(resident):
                     self.leave(resident)
@@ -343,7 +308,7 @@ class Placement:
         return adapter is not None
 
     def _line_up(self, resident: Resident, adapter: MethodAdapter) -> None:
-        self.keep_host_copy(resident.ref)
+        self.host_copies.note(resident.ref)
         resident.state, resident.adapter = State.WAITING, adapter
         resident.facts = Facts.of(adapter)
         resident.leased = self._cache.pin(resident.ref.digest) is not None
@@ -375,14 +340,14 @@ class Placement:
                 resident.state = State.READY
                 resident.last_used = next(self._clock)
                 self._note(resident.ref)
-                self._promise(resident, None)
+                self._deferred.settle(resident.on_loaded)
                 now = time.monotonic()
                 record = LoadRecord(resident.ref, now - resident.since, began - resident.waiting_since)
-                self._later.append(lambda: self._observer.loaded(record))
+                self._deferred.later(lambda: self._observer.loaded(record))
                 if resident.leaving:
                     self.leave(resident)
             self.advance(resident.ref.method)
-            self._later.append(self._changed)
+            self._deferred.later(self._changed)
 
     def _fail(self, resident: Resident, error: BaseException) -> None:
         ref = resident.ref
@@ -393,8 +358,9 @@ class Placement:
         resident.state, resident.error, resident.since = State.FAILED, failure, time.monotonic()
         resident.pinned = resident.held = False
         self._note(ref, failure)
-        self._promise(resident, failure)
-        self._later += [lambda: self._observer.failed(ref, failure), self._changed]
+        self._deferred.settle(resident.on_loaded, failure)
+        self._deferred.later(lambda: self._observer.failed(ref, failure))
+        self._deferred.later(self._changed)
         if resident.leaving or not self._wanted[ref]:
             self.leave(resident)
 
@@ -418,15 +384,6 @@ class Placement:
             bank.clear(resident.slot)
         self._slots[resident.ref.method].give_back(resident)
 
-    def _promise(self, resident: Resident, error: HotswapError | None) -> None:
-        """Settle the promises of who waits for it to be loaded."""
-        promises, resident.on_loaded = resident.on_loaded, []
-        for promise in promises:
-            if error is None:
-                self._later.append(lambda promise=promise: promise.set_result(None))  # type: ignore[misc]
-            else:
-                self._later.append(lambda promise=promise: promise.set_exception(error))  # type: ignore[misc]
-
     def _is_needed(self, resident: Resident) -> bool:
         return self._wanted[resident.ref] > 0 or bool(resident.on_loaded) or resident.kept
 
@@ -434,13 +391,6 @@ class Placement:
         self._wanted[ref] -= 1
         if self._wanted[ref] <= 0:
             del self._wanted[ref]
-
-    def _evicted_from_host(self, digest: str) -> None:
-        """The host cache's callback, which holds none of its locks."""
-        with self.lock:
-            names = set() if digest in self._cache else self.host_copies.pop(digest, set())
-        for ref in sorted(names, key=str)[:1]:
-            self._observer.evicted(ref, Residency.HOST)
 
     def _submit(self, call: Callable[..., None], *args: object) -> None:
         def guarded() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import binascii
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Future
 from itertools import groupby
 from typing import Any, TypeVar
@@ -55,23 +55,20 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         if not 1 <= size <= MAX_PAGE_SIZE:
             raise InvalidRequestError("page_size", f"must be between 1 and {MAX_PAGE_SIZE}, got {size}")
         after = _read_page_token(request.page_token)
-        found = await self._store.run(self._manager.list)
         may_use = current_call().principal.adapters.match
-        infos = sorted(
-            (
-                info
-                for info in found
-                if info.ref.name.startswith(request.name_prefix) and may_use(info.ref.name)
-            ),
-            key=_order,
-        )
+        versions = [
+            (name, version)
+            for name, version in await self._store.run(self._manager.stored)
+            if name.startswith(request.name_prefix) and may_use(name)
+        ]
         if not request.all_versions:
-            infos = list(_newest_and_resident(infos))
-        rest = [info for info in infos if after is None or _order(info) > after]
-        page = rest[:size]
+            versions = list(_newest_and(self._manager.all_in_memory(), versions))
+        rest = [version for version in versions if after is None or version > after]
+        # The store may have to read what is shown, and nothing else.
+        page = await self._store.run(lambda: self._manager.list(rest[:size]))
         return adapters_pb2.ListAdaptersResponse(
             adapters=[convert.adapter(info) for info in page],
-            next_page_token=_page_token(page[-1]) if len(rest) > size else "",
+            next_page_token=_page_token(*rest[size - 1]) if len(rest) > size else "",
         )
 
     async def GetAdapter(
@@ -172,19 +169,17 @@ def _tell(info: AdapterInfo) -> None:
     call.facts["version"] = info.ref.version
 
 
-def _order(info: AdapterInfo) -> tuple[str, int]:
-    return info.ref.name, info.ref.version
+def _newest_and(
+    in_memory: Container[tuple[str, int]], versions: Iterable[tuple[str, int]]
+) -> Iterable[tuple[str, int]]:
+    for _, group in groupby(versions, key=lambda version: version[0]):
+        same_name = list(group)
+        yield from (version for version in same_name[:-1] if version in in_memory)
+        yield same_name[-1]
 
 
-def _newest_and_resident(infos: Iterable[AdapterInfo]) -> Iterable[AdapterInfo]:
-    for _, group in groupby(infos, key=lambda info: info.ref.name):
-        versions = list(group)
-        yield from (info for info in versions[:-1] if info.residency is not Residency.STORE)
-        yield versions[-1]
-
-
-def _page_token(last: AdapterInfo) -> str:
-    return base64.urlsafe_b64encode(str(last.ref).encode()).decode()
+def _page_token(name: str, version: int) -> str:
+    return base64.urlsafe_b64encode(f"{name}@{version}".encode()).decode()
 
 
 def _read_page_token(token: str) -> tuple[str, int] | None:

@@ -60,6 +60,7 @@ class FakeManager:
         self.infos: dict[tuple[str, int], AdapterInfo] = {}
         self.errors: dict[str, Exception] = {}
         self.unloaded: list[tuple[str, int | None, InUse]] = []
+        self.listed: list[tuple[str, int]] = []  # read, perhaps
 
     def add(self, name: str, version: int = 1, **fields: Any) -> AdapterInfo:
         ref = AdapterRef(name, version, f"{name}{version}".encode().hex(), "lora")
@@ -78,8 +79,15 @@ class FakeManager:
     def resolve(self, name: str, version: int | None) -> AdapterRef:
         return self.get(name, version).ref
 
-    def list(self) -> list[AdapterInfo]:
-        return list(self.infos.values())
+    def stored(self) -> list[tuple[str, int]]:
+        return sorted(self.infos)
+
+    def list(self, versions: list[tuple[str, int]]) -> list[AdapterInfo]:
+        self.listed += versions
+        return [self.infos[version] for version in versions]
+
+    def all_in_memory(self) -> set[tuple[str, int]]:
+        return {key for key, info in self.infos.items() if info.residency is not Residency.STORE}
 
     def load(self, name: str, version: int | None) -> Future[AdapterInfo]:
         return self._move(name, version, residency=Residency.DEVICE)

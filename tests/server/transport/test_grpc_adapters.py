@@ -39,6 +39,7 @@ async def test_pages_hold_every_adapter_once(serving):
             token, pages = reply.next_page_token, pages + 1
         assert found == list(range(1, 12))
         assert pages == 3
+        assert len(s.engine.adapters.listed) == 11, "what is on another page is not read"
 
 
 async def test_an_adapter_is_described(serving):
