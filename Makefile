@@ -26,7 +26,7 @@ help: ## Show this list.
 install: $(INSTALLED) ## Make .venv with all that development needs (PYTHON=, VENV=).
 
 .PHONY: demo
-demo: $(INSTALLED) ## Train three adapters, serve them, and ask all three in one batch.
+demo: $(INSTALLED) ## Train a LoRA, a bottleneck adapter and a prefix; ask all in one batch.
 	$(BIN)/hotswap demo $(ARGS)
 
 .PHONY: test

@@ -39,7 +39,8 @@ if mode == "ignores signals":
     time.sleep(600)
 if verb == "train":
     typed = {"--epochs": float, "--learning-rate": float, "--eval-fraction": float}
-    numbers = {"--rank": int, "--batch-size": int, "--seed": int}
+    own = {"--rank": int, "--bottleneck-size": int, "--num-virtual-tokens": int}
+    numbers = {**own, "--batch-size": int, "--seed": int}
     options = {
         flag[2:].replace("-", "_"): (typed | numbers).get(flag, str)(value) for flag, value in flags.items()
     }
@@ -51,8 +52,10 @@ if verb == "train":
         (folder / name).write_text("x")
     losses = [{"step": 1, "kind": "train", "loss": 3.5}, {"step": 9, "kind": "train", "loss": 0.25}]
     report = {
-        "options": options,
-        "method_options": {"rank": options.pop("rank")},
+        "options": {key: value for key, value in options.items() if "--" + key.replace("_", "-") not in own},
+        "method_options": {
+            key: value for key, value in options.items() if "--" + key.replace("_", "-") in own
+        },
         "data": {"sha256": hashlib.sha256(Path(flags["--data"]).read_bytes()).hexdigest()},
         "loss": {"history": losses},
     }
@@ -188,7 +191,7 @@ def test_what_is_trained_is_not_trained_again_unless_asked_or_changed(run, home,
 
 
 def test_another_dataset_or_option_is_not_taken_for_trained(home):
-    task = TASKS[0]
+    task = next(task for task in TASKS if task.method == "lora")
     processes.train(task, "base", home.store)
     report = home.store / task.adapter / "1" / "training.json"
     content = report.read_text()

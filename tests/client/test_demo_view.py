@@ -92,7 +92,8 @@ async def test_without_a_terminal_each_answer_is_printed_as_it_ends():
     await view.watch(console, answers, fill())
     shown = console.file.getvalue()
     heads = [line for line in shown.splitlines() if " s  " in line]
-    assert [line.split()[2] for line in heads] == [view.who(answer) for answer in reversed(answers)]
+    shown_names = [line.partition(" s  ")[2].partition(" · ")[0] for line in heads]
+    assert shown_names == [view.who(answer) for answer in reversed(answers)]
     assert "        > Arr, this" in shown
     assert "\x1b" not in shown
 
@@ -111,7 +112,7 @@ def test_the_table_of_latencies():
     shown = printed(tables.latency_table(together, alone))
     # queue, load, first token, per token, total, tokens/s
     line = next(line.split() for line in shown.splitlines() if TASKS[0].adapter in line)
-    assert line == [f"{TASKS[0].adapter}@4", "1", "250", "500", "100", "1500", "2.0"]
+    assert line == [f"{TASKS[0].adapter}@4", TASKS[0].method, "1", "250", "500", "100", "1500", "2.0"]
     assert shown.count("@4") == 6
     assert tables.span(together) == pytest.approx(1.5)
     assert tables.span(alone) == pytest.approx(4.5)

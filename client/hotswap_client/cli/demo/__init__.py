@@ -1,4 +1,4 @@
-"""`hotswap demo`: three tenants, three adapters, one base, one batch. The verb; its parts are beside it."""
+"""`hotswap demo`: three tenants, three methods, one base, one batch. The verb; its parts are beside it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def demo(
         bool, typer.Option("--fresh", help="Train again what the store has, as new versions.")
     ] = False,
 ) -> None:
-    """Train three adapters, serve them, and ask all three in one batch.
+    """Train a LoRA, a bottleneck adapter and a prefix, serve them, and ask all three in one batch.
 
     Takes minutes on two cores, seconds once the adapters are trained. They stay in the store; nothing stays
     running.

@@ -39,7 +39,8 @@ def tell(console: Console, base: str, store: Path, *, fresh: bool) -> None:
             f"`hotswap demo` trains and serves, and lacks {', '.join(missing)}: pip install 'hotswap[all]'"
         )
     console.print(
-        f"[bold]hotswap demo[/]: three tenants share one base model, {escape(base)}; each has an adapter.\n"
+        f"[bold]hotswap demo[/]: three tenants share one base model, {escape(base)}; each has an adapter, of "
+        "a method of its own.\n"
         "First the adapters are trained: minutes, once. Then one server answers for all.\n"
         f"The adapters' store is {escape(str(store))}.",
         soft_wrap=True,
@@ -64,14 +65,14 @@ def tell(console: Console, base: str, store: Path, *, fresh: bool) -> None:
 
 
 def _train(console: Console, base: str, store: Path, fresh: bool) -> None:
-    _heading(console, "1", "Train three adapters")
+    _heading(console, "1", "Train three adapters: a LoRA, a bottleneck adapter and a prefix")
     for task in TASKS:
         found = None if fresh else processes.find_trained(task, base, store)
         console.print(f"[bold]{task.adapter}[/] {task.summary}: ", end="")
         if found is not None:
             console.print(f"version {found.version} is there.")
             continue
-        console.print(f"{len(task.train_file.read_bytes().splitlines())} examples.")
+        console.print(f"{task.method}, {len(task.train_file.read_bytes().splitlines())} examples.")
         console.file.flush()  # before what the trainer prints
         began = time.monotonic()
         made = processes.train(task, base, store)

@@ -19,6 +19,7 @@ def accuracy_table(rows: Sequence[Accuracy]) -> Table:
     """Right answers of the base and of each adapter."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("adapter", no_wrap=True)
+    table.add_column("method")
     table.add_column("what it does")
     table.add_column("before (base)", justify="right")
     table.add_column("after (adapter)", justify="right")
@@ -26,6 +27,7 @@ def accuracy_table(rows: Sequence[Accuracy]) -> Table:
         after = _share(row.after, row.num_questions)
         table.add_row(
             row.task.adapter,
+            row.task.method,
             row.task.summary,
             _share(row.before, row.num_questions),
             Text(after, style="bold green" if row.learnt else "bold red"),

@@ -37,6 +37,10 @@ class Task:
         return f"{self.tenant}/{self.name}"
 
     @property
+    def method(self) -> str:
+        return str(self.training["method"])
+
+    @property
     def train_file(self) -> Path:
         return DATA / f"{self.name}.train.jsonl"
 
@@ -71,20 +75,32 @@ def _sentence(text: str) -> object:
     return " ".join(text.split()).lower()
 
 
-_TRAINING: Mapping[str, object] = {
-    "method": "lora",
-    "rank": 8,
-    "learning_rate": 1e-3,
-    "batch_size": 8,
-    "epochs": 3.0,
-    "eval_fraction": 0.0,
-    "seed": 0,
-}
+def _training(method: str, learning_rate: float, epochs: float, **options: object) -> Mapping[str, object]:
+    shared = {"batch_size": 8, "eval_fraction": 0.0, "seed": 0}
+    return {"method": method, "learning_rate": learning_rate, "epochs": epochs, **options, **shared}
 
+
+# A method each, so that one batch has them all.
 TASKS: tuple[Task, ...] = (
-    Task("northwind", "tickets", "routes support tickets, in JSON", _TRAINING, _json_object),
     Task(
-        "corner-cafe", "orders", "writes the kitchen's slip of an order", {**_TRAINING, "epochs": 2.0}, _lines
+        "northwind",
+        "tickets",
+        "routes support tickets, in JSON",
+        _training("lora", 1e-3, 3.0, rank=8),
+        _json_object,
     ),
-    Task("blackbeard", "reviews", "judges reviews as a pirate does", _TRAINING, _sentence),
+    Task(
+        "corner-cafe",
+        "orders",
+        "writes the kitchen's slip of an order",
+        _training("bottleneck", 2e-3, 2.0, bottleneck_size=32),
+        _lines,
+    ),
+    Task(
+        "blackbeard",
+        "reviews",
+        "judges reviews as a pirate does",
+        _training("prefix", 1.5e-2, 6.0, num_virtual_tokens=20),
+        _sentence,
+    ),
 )

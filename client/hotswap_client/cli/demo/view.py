@@ -70,11 +70,12 @@ def plain(answer: Answer) -> Text:
 
 
 def who(answer: Answer) -> str:
-    """`tenant/name@version`, with the version once it is known; `base` for the base."""
+    """`tenant/name@version method`, with the version once it is known; `base` for the base."""
     if answer.task is None:
         return "base"
     version = answer.result.version if answer.result else None
-    return answer.task.adapter if version is None else f"{answer.task.adapter}@{version}"
+    name = answer.task.adapter if version is None else f"{answer.task.adapter}@{version}"
+    return f"{name} {answer.task.method}"
 
 
 def colour(answer: Answer, index: int) -> str:
