@@ -112,9 +112,15 @@ def _print_ready(ready: Ready) -> None:
     rows = {
         "base": f"{ready.base}, {ready.dtype} on {ready.device}",
         "kernels": f"{ready.kernels}, {ready.threads} threads",
-        "address": ready.address + (f", adapters: {ready.admin_address}" if ready.admin_address else ""),
+        "address": ready.address,
         "metrics": ready.metrics_address or "off",
         "callers": ready.security,
+    }
+    if ready.admin_address:
+        rows["admin"] = ready.admin_address
+    if ready.health_address:
+        rows["health"] = ready.health_address
+    rows |= {
         "store": f"{ready.store} ({ready.num_stored} adapter{'s' * (ready.num_stored != 1)})",
         "KV cache": f"{ready.kv_tokens:,} tokens; up to {ready.max_context:,} in a request",
         "slots": f"{ready.adapter_slots} adapters",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 import grpc
+import structlog
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -32,6 +33,9 @@ SERVICES: Final = (
 # For what still has to be sent after the last call has ended; health watchers are then cut off.
 _STOP_GRACE_S = 1.0
 _REFRESH_S = 1.0
+
+
+logger = structlog.stdlib.get_logger(__name__)
 
 
 class PortInUseError(OSError):
@@ -151,7 +155,10 @@ class GrpcServer:
         """Take over changes of the keys file, within a second."""
         while True:
             await asyncio.sleep(_REFRESH_S)
-            await asyncio.to_thread(self._security.access.refresh)
+            try:
+                await asyncio.to_thread(self._security.access.refresh)
+            except Exception:  # or a key that is revoked later would stay valid
+                logger.exception("keys_file_not_read")
 
     async def stop(self, drain_timeout: float) -> None:
         """Say NOT_SERVING, let running calls end within `drain_timeout` seconds, fail the rest, then close.

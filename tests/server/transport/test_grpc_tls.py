@@ -151,6 +151,28 @@ async def test_keys_are_revoked_added_and_expire_while_the_server_runs(serving, 
         await eventually(lambda: answers(brief, Code.UNAUTHENTICATED))
 
 
+async def test_keys_are_still_revoked_after_a_reading_that_failed(serving, keyring, monkeypatch):
+    metadata = keyring.add("acme")
+    security = keyring.security()
+    async with serving(security=security) as s:
+        refresh, failed = security.access.refresh, asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def fail():
+            monkeypatch.setattr(security.access, "refresh", refresh)
+            loop.call_soon_threadsafe(failed.set)
+            raise RuntimeError("nobody expects this")
+
+        monkeypatch.setattr(security.access, "refresh", fail)
+        await failed.wait()
+        keyring.revoke("acme")
+
+        async def refused():
+            return await tokenize(f"localhost:{s.bound.port}", None, metadata) is Code.UNAUTHENTICATED
+
+        await eventually(refused)
+
+
 async def test_limits_answer_resource_exhausted_with_the_time_to_wait(serving, keyring, refusal_of):
     slow = keyring.add("slow", requests_per_second=0.5)
     few_tokens = keyring.add("few", tokens_per_minute=5)
