@@ -95,7 +95,10 @@ def list_(file: File) -> None:
 
     with _file_errors():
         document = read_keys(file)
-    table = Table("who", "role", "adapters", "limits", "key or certificate", "created", "expires")
+    table = Table("who", "role", "adapters", "limits")
+    table.add_column("key or certificate", no_wrap=True)  # `revoke` takes it whole
+    table.add_column("created")
+    table.add_column("expires")
     now = datetime.now(UTC)
     rows: list[tuple[KeyEntry | CertificateEntry, tuple[str, str, str]]] = [
         (key, (key.id, _shown(key.created), _shown(key.expires) + " (expired)" * key.expired(now)))

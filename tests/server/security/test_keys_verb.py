@@ -19,7 +19,7 @@ def file(tmp_path):
 def keys(file, monkeypatch):
     monkeypatch.setenv("HOTSWAP_SERVE_KEYS_FILE", str(file))
     monkeypatch.setenv("COLUMNS", "250")
-    return lambda *arguments: CliRunner().invoke(app, list(map(str, arguments)))
+    return lambda *arguments, **options: CliRunner().invoke(app, list(map(str, arguments)), **options)
 
 
 def test_a_created_key_opens_until_it_is_revoked(keys, file):
@@ -55,6 +55,7 @@ def test_a_created_key_opens_until_it_is_revoked(keys, file):
     listed = keys("list").stdout
     for part in ("acme-prod", "publisher", "acme/*, demo/?", "2 requests/s, 6000 tokens/min, 3 at once"):
         assert part in listed
+    assert key.split("_")[1] in keys("list", env={"COLUMNS": "60"}).stdout
     assert key.split("_")[2] not in listed + file.read_text()
     assert keys("revoke", key.split("_")[1]).exit_code == 0
     with pytest.raises(UnauthenticatedError):
