@@ -128,7 +128,7 @@ def load(settings: ServeSettings) -> Loaded:
         path = resolve_base(settings.base)
         tokenizer = _load_tokenizer(path)
         base = load_base(path, kernels=kernels, device=device, dtype=dtype)
-        metrics = Metrics()
+        metrics = Metrics(tenants=settings.tenant_metrics)
         adapters = AdapterManager(
             store,
             base,
@@ -162,9 +162,11 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         loaded.adapters.close()
         raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
     metrics.watch_engine(engine.stats)
-    metrics.watch_adapters(loaded.adapters.slot_stats, loaded.adapters.host_stats)
     if settings.tenant_metrics:
         metrics.watch_tenants(engine.tenants)
+    metrics.watch_adapters(
+        loaded.adapters.slot_stats, loaded.adapters.host_stats, loaded.adapters.adapters_in_memory
+    )
     metrics.describe_build(
         version=_version(), torch=torch.__version__, device=str(loaded.base.device), base=settings.base
     )

@@ -150,7 +150,6 @@ class ServeSettings(BaseSettings):
     reflection: bool | None = Field(
         None, description="Whether clients may ask for the API's description; default: without keys_file."
     )
-
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe log line."
     )

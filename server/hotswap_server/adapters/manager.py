@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.finite import check_finite
@@ -68,6 +69,7 @@ class AdapterManager:
         self._banks: dict[str, AdapterBank] = {
             name: method.create_bank(base, options) for name, method in methods.items()
         }
+        self._bank_bytes = {name: method.bank_bytes(base, options) for name, method in methods.items()}
         self._cache: HostCache[MethodAdapter] = HostCache(host_cache_bytes)
         self._loader: Loader[MethodAdapter] = Loader(
             store,
@@ -87,6 +89,7 @@ class AdapterManager:
         self.prefer = self._placement.prefer
         self.take_changes = self._placement.take_changes
         self.release = self._placement.release
+        self.adapters_in_memory = self._placement.adapters_in_memory
         self.on_change: Callable[[], None] = lambda: None
         self.cancel_users: Callable[[AdapterRef], None] = lambda ref: None
 
@@ -107,7 +110,10 @@ class AdapterManager:
 
     def slot_stats(self) -> dict[str, SlotStats]:
         """By method."""
-        return self._placement.slot_stats()
+        return {
+            name: replace(stats, bank_bytes=self._bank_bytes[name])
+            for name, stats in self._placement.slot_stats().items()
+        }
 
     def host_stats(self) -> HostStats:
         stats = self._cache.stats

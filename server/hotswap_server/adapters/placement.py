@@ -16,7 +16,13 @@ from hotswap_server.adapters.host_cache import HostCache
 from hotswap_server.adapters.host_copies import HostCopies
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import AdapterBank, ClearableBank, MethodAdapter
-from hotswap_server.adapters.residency import AdapterObserver, LoadRecord, Residency, SlotStats
+from hotswap_server.adapters.residency import (
+    AdapterObserver,
+    LoadRecord,
+    Residency,
+    ResidentAdapter,
+    SlotStats,
+)
 from hotswap_server.adapters.slots import PATIENCE, Facts, Resident, Slots, State
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import (
@@ -62,6 +68,7 @@ class Placement:
         self._clock = itertools.count(1)
         self._wanted: Counter[AdapterRef] = Counter()  # requests that have no slot yet
         self._changes: dict[AdapterRef, HotswapError | None] = {}  # since the engine asked last
+        self._num_swaps: Counter[str] = Counter()  # by method
         self._num_fetching = 0
         self._held_bytes = 0  # of adapters between host memory and a slot
         self._mean_bytes = 0.0
@@ -182,6 +189,7 @@ class Placement:
         self._slots[ref.method].line.pop(ref, None)
         self._let_go(resident)
         if resident.slot is not None:
+            self._num_swaps[ref.method] += not resident.leaving
             self._empty(resident)
             self._deferred.later(lambda: self._observer.evicted(ref, Residency.DEVICE))
         self._deferred.settle(
@@ -252,9 +260,28 @@ class Placement:
                 if resident.state not in (State.READY, State.FAILED)
             )
             return {
-                name: SlotStats(slots.num_held, slots.num_slots, self.num_pinned(name), underway[name])
+                name: SlotStats(
+                    slots.num_held,
+                    slots.num_slots,
+                    self.num_pinned(name),
+                    underway[name],
+                    self._num_swaps[name],
+                )
                 for name, slots in self._slots.items()
             }
+
+    def adapters_in_memory(self) -> list[ResidentAdapter]:
+        """What lies in host memory and what is ready on the device."""
+        found = []
+        with self.lock:
+            for ref in self.host_copies.all():
+                if (adapter := self._cache.peek(ref.digest)) is not None:
+                    found.append(ResidentAdapter(ref, Residency.HOST, adapter.nbytes))
+            for ref, resident in self.residents.items():
+                if resident.state is State.READY:
+                    nbytes = 0 if resident.facts is None else resident.facts.nbytes
+                    found.append(ResidentAdapter(ref, Residency.DEVICE, nbytes))
+        return found
 
     def users(self) -> int:
         """Requests that hold a slot now."""

@@ -35,12 +35,17 @@ class AdapterInfo:
 
 @dataclass(frozen=True, slots=True)
 class SlotStats:
-    """The slots of one method: taken ones and all, how many are pinned, and adapters on their way to one."""
+    """The slots of one method: taken ones and all, how many are pinned, and adapters on their way to one.
+
+    `swaps` counts adapters that had to leave for another; `bank_bytes` is what all slots can come to take.
+    """
 
     taken: int
     total: int
     pinned: int
     underway: int
+    swaps: int = 0
+    bank_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,15 @@ class HostStats:
     adapters: int
     hits: int
     misses: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentAdapter:
+    """A version in host memory or on the device; one that is in both is told of twice."""
+
+    ref: AdapterRef
+    tier: Residency
+    nbytes: int
 
 
 class InUse(Enum):

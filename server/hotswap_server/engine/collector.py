@@ -143,5 +143,6 @@ class Collector:
                 timings=sequence.timings,
                 ttft=None if first is None else first - sequence.arrived,
                 inter_token=tuple(sequence.inter_token),
+                adapter=sequence.request.adapter,
             )
         )

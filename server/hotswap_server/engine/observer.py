@@ -46,6 +46,7 @@ class RequestRecord:
     timings: Timings
     ttft: float | None
     inter_token: tuple[float, ...]
+    adapter: AdapterRef | None = None
 
 
 class EngineObserver(Protocol):
