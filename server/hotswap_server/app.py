@@ -69,6 +69,7 @@ class Ready:
     """A server that answers; the cache holds `kv_tokens`.
 
     `metrics_address` is empty without metrics, `admin_address` and `health_address` without own ports.
+    `quantization` is nf4, fp4, int8 or None; `weight_bytes` is what the base's weights take so.
     """
 
     base: str
@@ -82,6 +83,8 @@ class Ready:
     adapter_slots: int
     device: str
     dtype: str
+    quantization: str | None
+    weight_bytes: int
     kernels: str
     threads: int
     seconds: float
@@ -127,7 +130,7 @@ def load(settings: ServeSettings) -> Loaded:
         kernels = select_kernels(device, dtype, settings.kernels)
         path = resolve_base(settings.base)
         tokenizer = _load_tokenizer(path)
-        base = load_base(path, kernels=kernels, device=device, dtype=dtype)
+        base = load_base(path, kernels=kernels, device=device, dtype=dtype, quantize=settings.quantize)
         metrics = Metrics(tenants=settings.tenant_metrics)
         adapters = AdapterManager(
             store,
@@ -192,7 +195,14 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         bound = await server.start(settings.host, settings.port)
         with _StopSignals(stop) as signals:
             described = _describe(loaded, engine, bound)
-            logger.info("ready", address=described.address, seconds=round(described.seconds, 3))
+            logger.info(
+                "ready",
+                address=described.address,
+                dtype=described.dtype,
+                quantization=described.quantization,
+                weight_bytes=described.weight_bytes,
+                seconds=round(described.seconds, 3),
+            )
             ready(described)
             await stop.wait()
             logger.info("draining", running=engine.stats().running, waiting=engine.stats().waiting)
@@ -309,6 +319,8 @@ def _describe(loaded: Loaded, engine: EngineService, bound: Bound) -> Ready:
         adapter_slots=max(total for _, total in loaded.adapters.slot_counts().values()),
         device=str(loaded.base.device),
         dtype=str(loaded.base.dtype).removeprefix("torch."),
+        quantization=loaded.base.quantization,
+        weight_bytes=loaded.base.weight_bytes,
         kernels=loaded.kernels,
         threads=torch.get_num_threads(),
         seconds=time.monotonic() - loaded.started,

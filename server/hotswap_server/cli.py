@@ -109,8 +109,10 @@ def _print_ready(ready: Ready) -> None:
     from rich.console import Console
     from rich.markup import escape
 
+    quantized = f", linear layers in {ready.quantization}" if ready.quantization else ""
     rows = {
         "base": f"{ready.base}, {ready.dtype} on {ready.device}",
+        "weights": f"{ByteSize(ready.weight_bytes).human_readable()}{quantized}",
         "kernels": f"{ready.kernels}, {ready.threads} threads",
         "address": ready.address,
         "metrics": ready.metrics_address or "off",

@@ -49,6 +49,10 @@ class ServeSettings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Type of the weights; auto is float32 on a CPU and bfloat16 on a GPU."
     )
+    quantize: Literal["nf4", "fp4", "int8"] | None = Field(
+        None,
+        description="Hold the base's linear layers in 4 bits (nf4, fp4) or 8; default: as they are stored.",
+    )
     kernels: Literal["auto", "native", "onednn", "reference"] = Field(
         "auto", description="Which implementation of the operations runs."
     )

@@ -8,6 +8,7 @@ from hotswap_server.engine.base import load_base
 from hotswap_server.kernels import select_kernels
 from support.adapters import Oracle, write_bottleneck, write_ia3, write_lora, write_prefix
 from support.models import explain, next_logits
+from support.quantized import quantize
 from support.running import Running
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -47,17 +48,26 @@ LENGTHS = (40, 1, 150, 17, 64, 5, 33, 90, 12, 70)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
-def test_all_methods_under_pressure_get_peft_s_tokens(smollm2, tmp_path):
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", [None, "nf4"])
+def test_all_methods_under_pressure_get_peft_s_tokens(kind, smollm2, tmp_path):
     reference = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32).eval()
     for name, write in WRITERS.items():
         write(reference, tmp_path / "acme" / name / "1")
+    if kind is not None:
+        reference = quantize(smollm2, kind)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     ids = tokenizer("Once upon a time, in a small village by the sea, there lived a baker. " * 20).input_ids
     names = [None, *WRITERS]
     prompts = [tuple(ids[3 * i : 3 * i + length]) for i, length in enumerate(LENGTHS)]
     cpu = torch.device("cpu")
-    base = load_base(smollm2, kernels=select_kernels(cpu, torch.float32), device=cpu, dtype=torch.float32)
+    base = load_base(
+        smollm2,
+        kernels=select_kernels(cpu, torch.float32),
+        device=cpu,
+        dtype=torch.float32,
+        quantize=kind,
+    )
     with Running(base, tokenizer, tmp_path, kv_pages=120, page_size=4, max_batch_tokens=64) as running:
         for name in WRITERS:
             running.adapters.load(f"acme/{name}", None).result()

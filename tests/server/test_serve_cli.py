@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -18,9 +19,13 @@ from pathlib import Path
 import grpc
 import pytest
 import typer
+from hotswap.prompts import encode_prompt
 from hotswap.v1 import common_pb2, inference_pb2, inference_pb2_grpc
 from hotswap_server.cli import serve
 from hotswap_server.config import ServeSettings, flag_of
+from support.adapters import Oracle
+from support.quantized import quantize
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 LONG = 3000  # tokens; seconds, even of the tiny base
@@ -203,6 +208,52 @@ def test_user_errors_are_one_line(run, tiny_base, store, tmp_path):
     assert_one_line(run(*given, "--store", tmp_path / "nothing"), "store")
     (tmp_path / "empty").mkdir()
     assert_one_line(run(*given, "--base", tmp_path / "empty"), "config.json")
+    assert_one_line(run(*given, "--quantize", "int3"), "quantize", "'nf4', 'fp4' or 'int8'", "'int3'")
+
+
+def test_a_base_of_another_quantisation_than_asked_for_is_one_line(run, tiny_base, store, tmp_path):
+    quantize(tiny_base, "fp4").save_pretrained(tmp_path / "fp4")
+    AutoTokenizer.from_pretrained(tiny_base).save_pretrained(tmp_path / "fp4")
+    given = ("--base", tmp_path / "fp4", "--store", store, "--port", 0, "--metrics-port", 0)
+    assert_one_line(run(*given, "--quantize", "nf4"), "--quantize: the base is stored in fp4 already")
+
+
+def test_a_qlora_is_served_over_the_4_bits_that_it_was_trained_over(process, tiny_base, store, tmp_path):
+    """The whole way by the command lines; PEFT over the same base says what is right."""
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{n} and {n + 1}, "}) + "\n" for n in range(16)))
+    options = {"method": "qlora", "base": tiny_base, "data": data, "name": "acme/count", "output": store}
+    options |= {"rank": 4, "learning-rate": 5e-2, "max-steps": 8, "eval-fraction": 0, "device": "cpu"}
+    options |= {"dtype": "float32", "work-dir": tmp_path / "work"}
+    flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    trained = subprocess.run(
+        [sys.executable, "-m", "hotswap_trainer", *flags], env=environment, capture_output=True, text=True
+    )
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    answers = {}
+    with process("--quantize", "nf4") as running, grpc.insecure_channel(running.address) as channel:
+        for adapter in ("", "acme/count"):
+            reply = inference_pb2_grpc.InferenceServiceStub(channel).Generate(
+                inference_pb2.GenerateRequest(
+                    input=common_pb2.Input(prompt="7 and "),
+                    adapter=adapter,
+                    sampling=inference_pb2.SamplingParams(
+                        max_new_tokens=24, temperature=0.0, ignore_eos=True
+                    ),
+                ),
+                timeout=60,
+            )
+            answers[adapter] = reply
+    assert re.search(r"^weights +.*KiB, linear layers in nf4$", "".join(running.output), re.M)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_base)
+    oracle = Oracle(quantize(tiny_base, "nf4"), {"acme/count": store / "acme" / "count" / "1"})
+    prompt = tuple(encode_prompt(tokenizer, "7 and "))
+    for adapter, reply in answers.items():
+        expected = oracle.generate(adapter or None, prompt, 24)
+        assert list(reply.token_ids) == expected
+        assert reply.text == tokenizer.decode(expected, skip_special_tokens=True)
+    assert answers[""].text != answers["acme/count"].text
 
 
 @pytest.mark.parametrize("flag", ["--port", "--metrics-port"])

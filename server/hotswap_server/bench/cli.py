@@ -22,6 +22,9 @@ def bench(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the LoRA adapters.")] = 16,
     repeat: Annotated[int, typer.Option(min=1, help="Rounds, each with all cases.")] = 3,
     kernels: Annotated[str, typer.Option(help="auto, native, onednn or reference.")] = "auto",
+    quantize: Annotated[
+        str | None, typer.Option(help="nf4, fp4 or int8: hold the base so, on both sides.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts and adapters.")] = 0,
 ) -> None:
@@ -30,6 +33,7 @@ def bench(
     from rich.console import Console
 
     from hotswap_server.bench.workload import Shape, default_cases
+    from hotswap_server.errors import HotswapError
 
     console = Console()
     try:
@@ -38,14 +42,27 @@ def bench(
         typer.echo(f"hotswap bench: {error}", err=True)
         raise typer.Exit(2) from None
     shape = Shape(prompt_tokens, new_tokens, rank)
-    with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
-        if mix:
-            figures = _measure_mix(
-                console, path, Path(store), adapters, requests or 8, shape, repeat, kernels, seed
-            )
-        else:
-            cases = default_cases(adapters, requests or 16)
-            figures = _measure(console, path, Path(store), cases, shape, repeat, kernels, seed)
+    try:
+        with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
+            if mix:
+                figures = _measure_mix(
+                    console,
+                    path,
+                    Path(store),
+                    adapters,
+                    requests or 8,
+                    shape,
+                    repeat,
+                    kernels,
+                    quantize,
+                    seed,
+                )
+            else:
+                cases = default_cases(adapters, requests or 16)
+                figures = _measure(console, path, Path(store), cases, shape, repeat, kernels, quantize, seed)
+    except HotswapError as error:
+        typer.echo(f"hotswap bench: {error}", err=True)
+        raise typer.Exit(2) from None
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n")
 
@@ -59,6 +76,7 @@ def _measure_mix(
     shape: Any,
     repeat: int,
     kernels: str,
+    quantize: str | None,
     seed: int,
 ) -> list[dict[str, Any]]:
     import torch
@@ -72,7 +90,7 @@ def _measure_mix(
     torch.manual_seed(seed)
     device = torch.device("cpu")
     chosen = select_kernels(device, torch.float32, kernels)
-    base = load_base(path, kernels=chosen, device=device, dtype=torch.float32)
+    base = load_base(path, kernels=chosen, device=device, dtype=torch.float32, quantize=quantize)
     with console.status("writing adapters"):
         cases = write_mix(base, store, requests=requests, adapters=adapters, rank=shape.rank)
     side = EngineSide(base, AutoTokenizer.from_pretrained(path), store, 2 * requests, shape.rank)
@@ -86,26 +104,35 @@ def _measure_mix(
 
 
 def _measure(
-    console: Any, path: Path, store: Path, cases: list[Any], shape: Any, repeat: int, kernels: str, seed: int
+    console: Any,
+    path: Path,
+    store: Path,
+    cases: list[Any],
+    shape: Any,
+    repeat: int,
+    kernels: str,
+    quantize: str | None,
+    seed: int,
 ) -> list[dict[str, Any]]:
     import torch
     from rich.progress import Progress
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     from hotswap_server.bench.ours import EngineSide
     from hotswap_server.bench.report import print_report, summarise
     from hotswap_server.bench.theirs import StaticBatchSide
     from hotswap_server.bench.workload import Round, make_prompts, write_adapters
-    from hotswap_server.engine.base import load_base
+    from hotswap_server.engine.base import load_base, load_causal_lm
+    from hotswap_server.engine.quantization import quantization_arguments
     from hotswap_server.kernels import select_kernels
 
     torch.manual_seed(seed)
     device = torch.device("cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    model.eval()
+    arguments = quantization_arguments(path, quantize, device=device, dtype=torch.float32)
+    model = load_causal_lm(path, dtype=torch.float32, **arguments).eval()
     write_adapters(model, store, cases, shape.rank)
     chosen = select_kernels(device, torch.float32, kernels)
-    base = load_base(path, kernels=chosen, device=device, dtype=torch.float32)
+    base = load_base(path, kernels=chosen, device=device, dtype=torch.float32, quantize=quantize)
     slots = sum(case.adapters for case in cases) or 1
     ours = EngineSide(base, AutoTokenizer.from_pretrained(path), store, slots, shape.rank)
     theirs = StaticBatchSide(model, store)

@@ -15,7 +15,8 @@ from hotswap_server.engine.attention import ATTENTION_NAME, TRACE_NAME, Attentio
 from hotswap_server.engine.blocks import Block, BlocksNotFoundError, Call, find_blocks, hidden_states
 from hotswap_server.engine.merging import MergedWeights
 from hotswap_server.engine.prefixes import Prefix
-from hotswap_server.engine.projection import GroupedProjection, ProjectionGroup
+from hotswap_server.engine.projection import GroupedProjection, Linear, ProjectionGroup
+from hotswap_server.engine.quantization import quantization_arguments, quantization_of, take_over
 from hotswap_server.engine.sites import EmbeddingSite, OutputSite, find_biased, find_embedding
 from hotswap_server.errors import BaseModelError
 from hotswap_server.kernels import Kernels
@@ -33,7 +34,8 @@ class BaseModel:
     module names; `attention` is one entry per decoder layer, in order; `blocks` are the sub-layers, none
     where they cannot be told, for the reason in `blocks_problem`. `head` is the group of the output embedding
     alone, which sees the step's logit rows; `tied_head` says whether its weight is the embedding's. `biased`
-    are the other modules with a bias.
+    are the other modules with a bias. `quantization` is nf4, fp4, int8 or None, and `weight_bytes` what the
+    parameters take so, the scales of quantised ones included.
     """
 
     model: nn.Module
@@ -46,6 +48,8 @@ class BaseModel:
     dtype: torch.dtype
     max_context: int
     eos_token_ids: frozenset[int]
+    quantization: str | None
+    weight_bytes: int
     linear_shapes: dict[str, tuple[int, int]] = field(default_factory=dict)
     """(out_features, in_features) of every linear module inside the decoder, by module name."""
     blocks_problem: str = ""
@@ -84,19 +88,36 @@ class BaseModel:
         return int(self.config.vocab_size)
 
 
-def load_base(path: Path, *, kernels: Kernels, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load a transformers directory and prepare it.
+def load_base(
+    path: Path, *, kernels: Kernels, device: torch.device, dtype: torch.dtype, quantize: str | None = None
+) -> BaseModel:
+    """Load a transformers directory and prepare it, its linears held as `quantize` says: nf4, fp4 or int8.
+
+    A base that bitsandbytes quantised before it was stored stays so.
 
     Raises:
         BaseModelError: the directory does not hold a causal LM that the engine can serve.
+        InvalidRequestError: it cannot be quantised so.
+    """
+    arguments = quantization_arguments(path, quantize, device=device, dtype=dtype)
+    model = load_causal_lm(path, dtype=dtype, **arguments)
+    if not arguments:  # quantised weights are made where they are to be
+        model = model.to(device)
+    return prepare_base(model, kernels=kernels)
+
+
+def load_causal_lm(path: Path, **arguments: Any) -> Any:
+    """transformers' own model of a directory.
+
+    Raises:
+        BaseModelError: there is none, or it does not fit the device.
     """
     from transformers import AutoModelForCausalLM
 
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoModelForCausalLM.from_pretrained(path, local_files_only=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise BaseModelError(f"base: transformers cannot load a causal LM from it: {error}") from error
-    return prepare_base(model.to(device), kernels=kernels)
 
 
 def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
@@ -109,7 +130,11 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
     config: Any = model.config
     _check_supported(config)
     model.eval().requires_grad_(False)
-    parameter = next(model.parameters())
+    parameter = next(p for p in model.parameters() if p.is_floating_point())
+    weight_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    quantization = quantization_of(config)
+    if quantization is not None:
+        weight_bytes += take_over(model, quantization, parameter.dtype)
     calls, sites = _trace(model)
     head = model.get_output_embeddings()  # type: ignore[operator]
     linears = _groups(call for call in calls if call.module is not head)
@@ -129,7 +154,7 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
     with torch.inference_mode():
         for members in linears:
             groups.append(_replace(model, members, kernels))
-        if isinstance(head, nn.Linear):
+        if isinstance(head, Linear):
             head_group = _replace(model, [(names[head], head)], kernels)
     for module in model.modules():
         if hasattr(module, "layer_idx"):
@@ -146,6 +171,8 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
         dtype=parameter.dtype,
         max_context=int(config.max_position_embeddings),
         eos_token_ids=_eos_token_ids(model),
+        quantization=quantization,
+        weight_bytes=weight_bytes,
         linear_shapes=shapes,
         blocks_problem=problem,
         head=head_group,
@@ -199,12 +226,12 @@ def _trace(model: nn.Module) -> tuple[list[Call], dict[nn.Module, AttentionSite]
     return calls, sites
 
 
-def _groups(calls: Iterable[Call]) -> list[list[tuple[str, nn.Linear]]]:
+def _groups(calls: Iterable[Call]) -> list[list[tuple[str, Linear]]]:
     """The linears among `calls`, in groups that were given the very same tensor."""
-    groups: list[list[tuple[str, nn.Linear]]] = []
+    groups: list[list[tuple[str, Linear]]] = []
     shared: torch.Tensor | None = None
     for call in calls:
-        if not isinstance(call.module, nn.Linear):
+        if not isinstance(call.module, Linear):
             continue
         if call.given is shared and groups:
             groups[-1].append((call.name, call.module))
@@ -231,7 +258,7 @@ def _blocks(
         return (), f"{type(model).__name__}: {error}"
 
 
-def _replace(model: nn.Module, members: list[tuple[str, nn.Linear]], kernels: Kernels) -> ProjectionGroup:
+def _replace(model: nn.Module, members: list[tuple[str, Linear]], kernels: Kernels) -> ProjectionGroup:
     group = ProjectionGroup.build(members, kernels)
     for index, (name, _) in enumerate(members):
         parent, _, child = name.rpartition(".")

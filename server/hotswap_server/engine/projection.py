@@ -8,7 +8,10 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hotswap_server.engine.quantization import QuantizedLinear
 from hotswap_server.kernels import Kernels, Projection
+
+Linear = nn.Linear | QuantizedLinear
 
 
 class ProjectionDelta(Protocol):
@@ -23,8 +26,26 @@ class InputTransform(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
+class StackedProjection:
+    """Projections of one input side by side, each with its own weights: `members` in the output's order."""
+
+    def __init__(self, members: Sequence[Projection]) -> None:
+        self.members = tuple(members)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if len(self.members) == 1:
+            return self.members[0](x)
+        return torch.cat([member(x) for member in self.members], dim=-1)
+
+    def weight(self) -> torch.Tensor:
+        return torch.cat([member.weight() for member in self.members])
+
+
 class ProjectionGroup:
-    """Projections that read the same tensor, such as q, k and v: their weights are stacked into one."""
+    """Projections that read the same tensor, such as q, k and v.
+
+    Their weights are stacked into one; quantised ones stay apart, in a `StackedProjection`.
+    """
 
     def __init__(
         self,
@@ -48,26 +69,32 @@ class ProjectionGroup:
         self._out: torch.Tensor | None = None
 
     @classmethod
-    def build(cls, members: Sequence[tuple[str, nn.Linear]], kernels: Kernels) -> ProjectionGroup:
-        weight = torch.cat([linear.weight for _, linear in members])
+    def build(cls, members: Sequence[tuple[str, Linear]], kernels: Kernels) -> ProjectionGroup:
+        linears = [linear for _, linear in members]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
         bias = None
-        if any(linear.bias is not None for _, linear in members):
+        if biases:
             bias = torch.cat(
                 [
-                    linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-                    for _, linear in members
+                    biases[0].new_zeros(linear.out_features) if linear.bias is None else linear.bias
+                    for linear in linears
                 ]
             )
-        widths = [linear.out_features for _, linear in members]
-        projection = kernels.projection(weight, bias)
-        return cls([name for name, _ in members], widths, weight.shape[1], projection, bias)
+        projection: Projection
+        if any(isinstance(linear, QuantizedLinear) for linear in linears):
+            projection = StackedProjection([_projection(linear, kernels) for linear in linears])
+        else:
+            projection = kernels.projection(torch.cat([linear.weight for linear in linears]), bias)
+        widths = [linear.out_features for linear in linears]
+        return cls([name for name, _ in members], widths, linears[0].in_features, projection, bias)
 
     def weight_of(self, name: str) -> torch.Tensor:
-        """A member's weight [out_features, in_features], bit for bit the base's."""
+        """A member's weight [out_features, in_features], bit for bit the base's, dequantised if need be."""
         member = self.names.index(name)
-        return self.base_projection.weight()[
-            self.offsets[member] : self.offsets[member] + self.widths[member]
-        ]
+        base = self.base_projection
+        if isinstance(base, StackedProjection):
+            return base.members[member].weight()
+        return base.weight()[self.offsets[member] : self.offsets[member] + self.widths[member]]
 
     def run(self, projection: Projection | None, correction: ProjectionDelta | None) -> None:
         """Use `projection`, and on its output first of all `correction`; None is the base's own."""
@@ -113,3 +140,9 @@ class GroupedProjection(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.group.project(x, self.member)
+
+
+def _projection(linear: Linear, kernels: Kernels) -> Projection:
+    if isinstance(linear, QuantizedLinear):
+        return linear.projection
+    return kernels.projection(linear.weight, linear.bias)

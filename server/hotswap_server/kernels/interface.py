@@ -152,7 +152,7 @@ class Projection(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def weight(self) -> torch.Tensor:
-        """The weight [out_features, in_features], bit for bit as it was given."""
+        """The weight [out_features, in_features], bit for bit as it was given; if quantised, dequantised."""
         ...
 
 

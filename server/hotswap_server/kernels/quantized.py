@@ -1,0 +1,91 @@
+"""Linears whose weights stay as bitsandbytes packs them; the only file that imports it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
+from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt  # type: ignore[attr-defined]
+from torch import nn
+
+_INT8_RANGE = 127.0  # a row's largest weight, its scale, is that many steps
+
+
+class FourBitProjection:
+    """A weight in NF4 or FP4 blocks (Dettmers et al., "QLoRA", 2023), unpacked in `dtype` at each use.
+
+    `packed` is [weights / 2, 1], `state` has the scales of the blocks, themselves quantised where
+    `state.nested`; fused kernels read both. `bias` is [out_features] or None.
+    """
+
+    def __init__(
+        self, packed: torch.Tensor, state: QuantState, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.packed = packed
+        self.state = copy.copy(state)
+        self.state.dtype = dtype
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = matmul_4bit(x, self.packed, self.state, bias=self.bias)
+        return out
+
+    def weight(self) -> torch.Tensor:
+        weight: torch.Tensor = dequantize_4bit(self.packed, self.state)
+        return weight
+
+    @property
+    def scale_bytes(self) -> int:
+        """The memory of all scales in bytes; that of the weights is `packed.nbytes`."""
+        states = [self.state, self.state.state2] if self.state.nested else [self.state]
+        return sum(int(state.absmax.nbytes) for state in states)
+
+
+class Int8Projection:
+    """A weight in 8 bits with one step per output, as bitsandbytes stores it; inputs stay as they are.
+
+    bitsandbytes' own product rounds the inputs to 8 bits as well and picks the columns that it spares from
+    this by the whole batch (Dettmers et al., "LLM.int8()", 2022): a request would depend on its neighbours.
+
+    `rows` is [out_features, in_features] int8, `steps` [out_features] float32 what a one in each row is
+    worth, `bias` [out_features] or None.
+    """
+
+    def __init__(
+        self, rows: torch.Tensor, steps: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype
+    ) -> None:
+        self.rows = rows
+        self.steps = steps
+        self.bias = bias
+        self._dtype = dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float16:  # whose range ends below sums of unscaled products
+            return F.linear(x, self.weight(), self.bias)
+        out = F.linear(x, self.rows.to(x.dtype)).mul_(self.steps)
+        return out if self.bias is None else out.add_(self.bias)
+
+    def weight(self) -> torch.Tensor:
+        return self.rows.to(self._dtype).mul_(self.steps[:, None])
+
+    @property
+    def scale_bytes(self) -> int:
+        return self.steps.nbytes
+
+
+def quantized_projection(linear: nn.Module, dtype: torch.dtype) -> FourBitProjection | Int8Projection | None:
+    """The projection of one of bitsandbytes' linears, sharing its memory; None of any other module."""
+    weight: Any = getattr(linear, "weight", None)
+    bias: Any = getattr(linear, "bias", None)
+    bias = None if bias is None else bias.data.to(dtype)
+    if isinstance(linear, Linear4bit):
+        return FourBitProjection(weight.data, weight.quant_state, bias, dtype)
+    if isinstance(linear, Linear8bitLt):
+        # The first forward moves the scales from the weight to the module's state.
+        scales: Any = weight.SCB if weight.SCB is not None else linear.state.SCB
+        return Int8Projection(weight.data, scales.float() / _INT8_RANGE, bias, dtype)
+    return None
