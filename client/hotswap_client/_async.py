@@ -161,13 +161,13 @@ class AsyncAdapters:
                 return found
 
     async def show(self, name: str, **options: Unpack[AdapterOptions]) -> Adapter:
-        """One version of an adapter, by default the newest."""
+        """One version of an adapter, by default what requests get."""
         return await self._client._run(_calls.show(name, **options))
 
     async def load(
         self, name: str, *, to: Residency | str = Residency.DEVICE, **options: Unpack[AdapterOptions]
     ) -> AdapterTransition:
-        """Bring a version, by default the newest, to the device, or to host memory alone."""
+        """Bring a version, by default what requests get, to the device, or to host memory alone."""
         return await self._client._run(_calls.load(name, to, **options))
 
     async def unload(
@@ -177,7 +177,7 @@ class AsyncAdapters:
         return await self._client._run(_calls.unload(name, in_use, **options))
 
     async def pin(self, name: str, **options: Unpack[AdapterOptions]) -> Adapter:
-        """Load a version, by default the newest, and keep it on the device."""
+        """Load a version, by default what requests get, and keep it on the device."""
         return await self._client._run(_calls.pin(name, **options))
 
     async def unpin(self, name: str, **options: Unpack[AdapterOptions]) -> tuple[Adapter, ...]:

@@ -65,7 +65,8 @@ class InputOptions(TimeoutOption, total=False):
 class GenerateOptions(InputOptions, total=False):
     """Options of `generate` and `stream`; what is absent or None takes the server's default.
 
-    `adapter` is `tenant/name` (absent: the base), `version` 1 or more (absent: the newest).
+    `adapter` is `tenant/name`, `tenant/name@3` or `tenant/name@stable` (absent: the base); `version`, 1 or
+    more, may stand in place of the `@3`. `routing_key` chooses between an alias's version and its canary.
     `max_new_tokens` 1 or more; `temperature` 0 (greedy) to 100, default 1; `top_p` over 0 to 1; `top_k` 0
     (off) or more; `min_p` 0 (off) to 1; `repetition_penalty` over 0 to 100, 1 is off; `seed` 0 to 2**63-1;
     `stop` up to 16 strings; `logprobs` 0 to 20 candidates per token.
@@ -73,6 +74,7 @@ class GenerateOptions(InputOptions, total=False):
 
     adapter: str | None
     version: int | None
+    routing_key: str | None
     max_new_tokens: int | None
     temperature: float | None
     top_p: float | None
@@ -92,6 +94,7 @@ class ScoreOptions(TimeoutOption, total=False):
 
     adapter: str | None
     version: int | None
+    routing_key: str | None
     text: str | None
     token_ids: Sequence[int] | None
     context: str | None
@@ -136,6 +139,7 @@ def score(
     *,
     adapter: str | None = None,
     version: int | None = None,
+    routing_key: str | None = None,
     text: str | None = None,
     token_ids: Sequence[int] | None = None,
     context: str | None = None,
@@ -159,6 +163,7 @@ def score(
         "",
         adapter=adapter,
         version=version,
+        routing_key=routing_key,
         text=text,
         token_ids=_token_ids(token_ids),
         context=before,
@@ -285,6 +290,7 @@ def _generation(
     *,
     adapter: str | None = None,
     version: int | None = None,
+    routing_key: str | None = None,
     prompt: str | None = None,
     messages: Sequence[Mapping[str, str]] | None = None,
     token_ids: Sequence[int] | None = None,
@@ -319,6 +325,7 @@ def _generation(
     return {
         "adapter": adapter,
         "version": version,
+        "routing_key": routing_key,
         "input": _input(prompt, messages, token_ids),
         "sampling": sampling,
     }

@@ -164,13 +164,13 @@ class Adapters:
                 return found
 
     def show(self, name: str, **options: Unpack[AdapterOptions]) -> Adapter:
-        """One version of an adapter, by default the newest."""
+        """One version of an adapter, by default what requests get."""
         return self._client._run(_calls.show(name, **options))
 
     def load(
         self, name: str, *, to: Residency | str = Residency.DEVICE, **options: Unpack[AdapterOptions]
     ) -> AdapterTransition:
-        """Bring a version, by default the newest, to the device, or to host memory alone."""
+        """Bring a version, by default what requests get, to the device, or to host memory alone."""
         return self._client._run(_calls.load(name, to, **options))
 
     def unload(
@@ -180,7 +180,7 @@ class Adapters:
         return self._client._run(_calls.unload(name, in_use, **options))
 
     def pin(self, name: str, **options: Unpack[AdapterOptions]) -> Adapter:
-        """Load a version, by default the newest, and keep it on the device."""
+        """Load a version, by default what requests get, and keep it on the device."""
         return self._client._run(_calls.pin(name, **options))
 
     def unpin(self, name: str, **options: Unpack[AdapterOptions]) -> tuple[Adapter, ...]:

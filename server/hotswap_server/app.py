@@ -123,7 +123,7 @@ def load(settings: ServeSettings) -> Loaded:
         logger.warning("open_to_the_network", problem=warning)
     torch.set_num_threads(settings.threads or usable_cores())
     try:
-        store = AdapterManager.open_store(settings.store)
+        store = AdapterManager.open_store(settings.store, settings.store_refresh)
         num_stored = len(store.list())
         device = _device(settings.device)
         dtype = _dtype(settings.dtype, device)

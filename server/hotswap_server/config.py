@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
-from hotswap.names import AdapterName
+from hotswap.names import AdapterReference
 from pydantic import ByteSize, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import (
     BaseSettings,
@@ -41,6 +41,11 @@ class ServeSettings(BaseSettings):
         "smollm2", min_length=1, description="Base model: a transformers directory, a hub id, or smollm2."
     )
     store: str = Field(min_length=1, description="Adapter store: a directory or an fsspec URL.")
+    store_refresh: float = Field(
+        2.0,
+        ge=0,
+        description="Longest that a look at a store's URL holds, in seconds; a directory is looked at anew.",
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on, for metrics too.")
     port: int = Field(50051, ge=0, le=65535, description="gRPC port; 0 takes a free one.")
     metrics_port: int = Field(9400, ge=0, le=65535, description="Prometheus port; 0 switches metrics off.")
@@ -177,10 +182,10 @@ class ServeSettings(BaseSettings):
             [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
         )
         for name in names if isinstance(names, list | tuple) else ():
-            AdapterName.parse_versioned(str(name))
+            AdapterReference.parse(str(name))
         return names
 
-    @field_validator("load_deadline", "merge_window", "max_timeout", "drain_timeout")
+    @field_validator("store_refresh", "load_deadline", "merge_window", "max_timeout", "drain_timeout")
     @classmethod
     def _finite(cls, value: float) -> float:
         if not math.isfinite(value):

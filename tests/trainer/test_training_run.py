@@ -34,6 +34,7 @@ def test_the_version_has_everything(published, flags):
     assert {path.name for path in published.path.iterdir()} == {
         "adapter_config.json",
         "adapter_model.safetensors",
+        "hotswap.json",
         "README.md",
         "training.json",
         "loss.png",

@@ -13,8 +13,8 @@ from hotswap_client.cli._output import print_json
 
 app = typer.Typer(cls=AdaptersGroup, help=__doc__, no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="TENANT/NAME.")]
-Newest = Annotated[int | None, typer.Option("--version", help="Absent: the newest.")]
+Name = Annotated[str, typer.Argument(help="TENANT/NAME, or with @VERSION or @ALIAS.")]
+Newest = Annotated[int | None, typer.Option("--version", help="Absent: what requests get.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

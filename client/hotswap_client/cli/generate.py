@@ -21,8 +21,13 @@ def command(
     messages: Annotated[
         str | None, typer.Option(help='A conversation instead, JSON: [{"role": "user", "content": "…"}].')
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="TENANT/NAME. Absent: the base model.")] = None,
-    version: Annotated[int | None, typer.Option(help="The adapter's version. Absent: the newest.")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(help="TENANT/NAME, or with @VERSION or @ALIAS. Absent: the base model.")
+    ] = None,
+    version: Annotated[int | None, typer.Option(help="The adapter's version, in place of @VERSION.")] = None,
+    routing_key: Annotated[
+        str | None, typer.Option(help="Equal keys get the same version of an alias with a canary.")
+    ] = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="The most new tokens.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 (greedy) to 100. Absent: 1.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Over 0 to 1 (off).")] = None,
@@ -45,6 +50,7 @@ def command(
     options = GenerateOptions(
         adapter=adapter,
         version=version,
+        routing_key=routing_key,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,

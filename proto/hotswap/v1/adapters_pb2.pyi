@@ -242,9 +242,9 @@ class GetAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenant/name`; required."""
+    """`tenant/name`, or one version or alias of it, as in `tenant/name@stable`; required."""
     version: _builtins.int
-    """1 or more. Absent: the newest."""
+    """1 or more. Absent: what `name` says, or what requests get that name no version."""
     def __init__(
         self,
         *,
@@ -295,9 +295,9 @@ class LoadAdapterRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     RESIDENCY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenant/name`; required."""
+    """`tenant/name`, or one version or alias of it, as in `tenant/name@stable`; required."""
     version: _builtins.int
-    """1 or more. Absent: the newest."""
+    """1 or more. Absent: what `name` says, or what requests get that name no version."""
     residency: Global___Residency.ValueType
     """How near to bring it: RESIDENCY_DEVICE, which waits for a slot in its turn, or RESIDENCY_HOST. Absent: the
     device.
@@ -357,9 +357,9 @@ class UnloadAdapterRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     IN_USE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenant/name`; required."""
+    """`tenant/name`, or one version or alias of it, as in `tenant/name@stable`; required."""
     version: _builtins.int
-    """1 or more. Absent: every version that is in memory."""
+    """1 or more. Absent: what `name` says, or every version that is in memory."""
     in_use: Global___InUsePolicy.ValueType
     """What to do about requests that use it. Absent: refuse."""
     def __init__(
@@ -416,9 +416,9 @@ class PinAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenant/name`; required."""
+    """`tenant/name`, or one version or alias of it, as in `tenant/name@stable`; required."""
     version: _builtins.int
-    """1 or more. Absent: the newest."""
+    """1 or more. Absent: what `name` says, or what requests get that name no version."""
     def __init__(
         self,
         *,
@@ -468,9 +468,9 @@ class UnpinAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenant/name`; required."""
+    """`tenant/name`, or one version or alias of it, as in `tenant/name@stable`; required."""
     version: _builtins.int
-    """1 or more. Absent: every pinned version."""
+    """1 or more. Absent: what `name` says, or every pinned version."""
     def __init__(
         self,
         *,
@@ -520,9 +520,9 @@ class MergeAdapterRequest(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     VERSION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """`tenant/name`; required."""
+    """`tenant/name`, or one version or alias of it, as in `tenant/name@stable`; required."""
     version: _builtins.int
-    """1 or more. Absent: the newest."""
+    """1 or more. Absent: what `name` says, or what requests get that name no version."""
     def __init__(
         self,
         *,
@@ -578,7 +578,7 @@ class UnmergeAdapterRequest(_message.Message):
     name: _builtins.str
     """`tenant/name` of the merged adapter; required."""
     version: _builtins.int
-    """1 or more. Absent: the version that is merged."""
+    """1 or more. Absent: what `name` says, or the version that is merged."""
     def __init__(
         self,
         *,

@@ -25,37 +25,37 @@ _sym_db = _symbol_database.Default()
 from hotswap.v1 import common_pb2 as hotswap_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahotswap/v1/inference.proto\x12\nhotswap.v1\x1a\x17hotswap/v1/common.proto\"\x8a\x03\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xda\x01\n\nCompletion\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.hotswap.v1.ResolvedAdapter\x12%\n\x04path\x18\x02 \x01(\x0e\x32\x17.hotswap.v1.ServingPath\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.hotswap.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.hotswap.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.hotswap.v1.Timings\"\x94\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12 \n\x05input\x18\x03 \x01(\x0b\x32\x11.hotswap.v1.Input\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.hotswap.v1.SamplingParamsB\n\n\x08_version\"\x8b\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.hotswap.v1.TokenLogprob\x12*\n\ncompletion\x18\x04 \x01(\x0b\x32\x16.hotswap.v1.Completion\"\x9a\x01\n\x15GenerateStreamRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12 \n\x05input\x18\x03 \x01(\x0b\x32\x11.hotswap.v1.Input\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.hotswap.v1.SamplingParamsB\n\n\x08_version\"T\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.hotswap.v1.TokenLogprob\"s\n\x16GenerateStreamResponse\x12\"\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.hotswap.v1.DeltaH\x00\x12,\n\ncompletion\x18\x02 \x01(\x0b\x32\x16.hotswap.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"\xd6\x01\n\x0cScoreRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\"\n\x07\x63ontext\x18\x03 \x01(\x0b\x32\x11.hotswap.v1.Input\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.hotswap.v1.TokenIdsH\x00\x12\x19\n\x0ctop_logprobs\x18\x06 \x01(\x05H\x02\x88\x01\x01\x42\x08\n\x06targetB\n\n\x08_versionB\x0f\n\r_top_logprobs\"\xef\x01\n\rScoreResponse\x12*\n\x08logprobs\x18\x01 \x03(\x0b\x32\x18.hotswap.v1.TokenLogprob\x12\x15\n\rtotal_logprob\x18\x02 \x01(\x01\x12,\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1b.hotswap.v1.ResolvedAdapter\x12%\n\x04path\x18\x04 \x01(\x0e\x32\x17.hotswap.v1.ServingPath\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.hotswap.v1.Usage\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.hotswap.v1.Timings\"3\n\x0fTokenizeRequest\x12 \n\x05input\x18\x01 \x01(\x0b\x32\x11.hotswap.v1.Input\"4\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\r\n\x05\x63ount\x18\x02 \x01(\x03*\x84\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xb9\x02\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1b.hotswap.v1.GenerateRequest\x1a\x1c.hotswap.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.hotswap.v1.GenerateStreamRequest\x1a\".hotswap.v1.GenerateStreamResponse0\x01\x12<\n\x05Score\x12\x18.hotswap.v1.ScoreRequest\x1a\x19.hotswap.v1.ScoreResponse\x12\x45\n\x08Tokenize\x12\x1b.hotswap.v1.TokenizeRequest\x1a\x1c.hotswap.v1.TokenizeResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahotswap/v1/inference.proto\x12\nhotswap.v1\x1a\x17hotswap/v1/common.proto\"\x8a\x03\n\x0eSamplingParams\x12\x1b\n\x0emax_new_tokens\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x18\n\x0btemperature\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x12\n\x05top_k\x18\x04 \x01(\x05H\x03\x88\x01\x01\x12\x12\n\x05min_p\x18\x05 \x01(\x01H\x04\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x06 \x01(\x01H\x05\x88\x01\x01\x12\x11\n\x04seed\x18\x07 \x01(\x03H\x06\x88\x01\x01\x12\x0c\n\x04stop\x18\x08 \x03(\t\x12\x16\n\x0estop_token_ids\x18\t \x03(\x05\x12\x17\n\nignore_eos\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x15\n\x08logprobs\x18\x0b \x01(\x05H\x08\x88\x01\x01\x42\x11\n\x0f_max_new_tokensB\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x08\n\x06_top_kB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x07\n\x05_seedB\r\n\x0b_ignore_eosB\x0b\n\t_logprobs\"\xda\x01\n\nCompletion\x12,\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x1b.hotswap.v1.ResolvedAdapter\x12%\n\x04path\x18\x02 \x01(\x0e\x32\x17.hotswap.v1.ServingPath\x12/\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x18.hotswap.v1.FinishReason\x12 \n\x05usage\x18\x04 \x01(\x0b\x32\x11.hotswap.v1.Usage\x12$\n\x07timings\x18\x05 \x01(\x0b\x32\x13.hotswap.v1.Timings\"\xa9\x01\n\x0fGenerateRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12 \n\x05input\x18\x03 \x01(\x0b\x32\x11.hotswap.v1.Input\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.hotswap.v1.SamplingParams\x12\x13\n\x0brouting_key\x18\x05 \x01(\tB\n\n\x08_version\"\x8b\x01\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.hotswap.v1.TokenLogprob\x12*\n\ncompletion\x18\x04 \x01(\x0b\x32\x16.hotswap.v1.Completion\"\xaf\x01\n\x15GenerateStreamRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12 \n\x05input\x18\x03 \x01(\x0b\x32\x11.hotswap.v1.Input\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.hotswap.v1.SamplingParams\x12\x13\n\x0brouting_key\x18\x05 \x01(\tB\n\n\x08_version\"T\n\x05\x44\x65lta\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\x05\x12*\n\x08logprobs\x18\x03 \x03(\x0b\x32\x18.hotswap.v1.TokenLogprob\"s\n\x16GenerateStreamResponse\x12\"\n\x05\x64\x65lta\x18\x01 \x01(\x0b\x32\x11.hotswap.v1.DeltaH\x00\x12,\n\ncompletion\x18\x02 \x01(\x0b\x32\x16.hotswap.v1.CompletionH\x00\x42\x07\n\x05\x65vent\"\xeb\x01\n\x0cScoreRequest\x12\x0f\n\x07\x61\x64\x61pter\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x01\x88\x01\x01\x12\"\n\x07\x63ontext\x18\x03 \x01(\x0b\x32\x11.hotswap.v1.Input\x12\x0e\n\x04text\x18\x04 \x01(\tH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.hotswap.v1.TokenIdsH\x00\x12\x19\n\x0ctop_logprobs\x18\x06 \x01(\x05H\x02\x88\x01\x01\x12\x13\n\x0brouting_key\x18\x07 \x01(\tB\x08\n\x06targetB\n\n\x08_versionB\x0f\n\r_top_logprobs\"\xef\x01\n\rScoreResponse\x12*\n\x08logprobs\x18\x01 \x03(\x0b\x32\x18.hotswap.v1.TokenLogprob\x12\x15\n\rtotal_logprob\x18\x02 \x01(\x01\x12,\n\x07\x61\x64\x61pter\x18\x03 \x01(\x0b\x32\x1b.hotswap.v1.ResolvedAdapter\x12%\n\x04path\x18\x04 \x01(\x0e\x32\x17.hotswap.v1.ServingPath\x12 \n\x05usage\x18\x05 \x01(\x0b\x32\x11.hotswap.v1.Usage\x12$\n\x07timings\x18\x06 \x01(\x0b\x32\x13.hotswap.v1.Timings\"3\n\x0fTokenizeRequest\x12 \n\x05input\x18\x01 \x01(\x0b\x32\x11.hotswap.v1.Input\"4\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\r\n\x05\x63ount\x18\x02 \x01(\x03*\x84\x01\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x1c\n\x18\x46INISH_REASON_STOP_TOKEN\x10\x01\x12\x1d\n\x19\x46INISH_REASON_STOP_STRING\x10\x02\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x03\x32\xb9\x02\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1b.hotswap.v1.GenerateRequest\x1a\x1c.hotswap.v1.GenerateResponse\x12Y\n\x0eGenerateStream\x12!.hotswap.v1.GenerateStreamRequest\x1a\".hotswap.v1.GenerateStreamResponse0\x01\x12<\n\x05Score\x12\x18.hotswap.v1.ScoreRequest\x1a\x19.hotswap.v1.ScoreResponse\x12\x45\n\x08Tokenize\x12\x1b.hotswap.v1.TokenizeRequest\x1a\x1c.hotswap.v1.TokenizeResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'hotswap.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1905
-  _globals['_FINISHREASON']._serialized_end=2037
+  _globals['_FINISHREASON']._serialized_start=1968
+  _globals['_FINISHREASON']._serialized_end=2100
   _globals['_SAMPLINGPARAMS']._serialized_start=68
   _globals['_SAMPLINGPARAMS']._serialized_end=462
   _globals['_COMPLETION']._serialized_start=465
   _globals['_COMPLETION']._serialized_end=683
   _globals['_GENERATEREQUEST']._serialized_start=686
-  _globals['_GENERATEREQUEST']._serialized_end=834
-  _globals['_GENERATERESPONSE']._serialized_start=837
-  _globals['_GENERATERESPONSE']._serialized_end=976
-  _globals['_GENERATESTREAMREQUEST']._serialized_start=979
-  _globals['_GENERATESTREAMREQUEST']._serialized_end=1133
-  _globals['_DELTA']._serialized_start=1135
-  _globals['_DELTA']._serialized_end=1219
-  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1221
-  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1336
-  _globals['_SCOREREQUEST']._serialized_start=1339
-  _globals['_SCOREREQUEST']._serialized_end=1553
-  _globals['_SCORERESPONSE']._serialized_start=1556
-  _globals['_SCORERESPONSE']._serialized_end=1795
-  _globals['_TOKENIZEREQUEST']._serialized_start=1797
-  _globals['_TOKENIZEREQUEST']._serialized_end=1848
-  _globals['_TOKENIZERESPONSE']._serialized_start=1850
-  _globals['_TOKENIZERESPONSE']._serialized_end=1902
-  _globals['_INFERENCESERVICE']._serialized_start=2040
-  _globals['_INFERENCESERVICE']._serialized_end=2353
+  _globals['_GENERATEREQUEST']._serialized_end=855
+  _globals['_GENERATERESPONSE']._serialized_start=858
+  _globals['_GENERATERESPONSE']._serialized_end=997
+  _globals['_GENERATESTREAMREQUEST']._serialized_start=1000
+  _globals['_GENERATESTREAMREQUEST']._serialized_end=1175
+  _globals['_DELTA']._serialized_start=1177
+  _globals['_DELTA']._serialized_end=1261
+  _globals['_GENERATESTREAMRESPONSE']._serialized_start=1263
+  _globals['_GENERATESTREAMRESPONSE']._serialized_end=1378
+  _globals['_SCOREREQUEST']._serialized_start=1381
+  _globals['_SCOREREQUEST']._serialized_end=1616
+  _globals['_SCORERESPONSE']._serialized_start=1619
+  _globals['_SCORERESPONSE']._serialized_end=1858
+  _globals['_TOKENIZEREQUEST']._serialized_start=1860
+  _globals['_TOKENIZEREQUEST']._serialized_end=1911
+  _globals['_TOKENIZERESPONSE']._serialized_start=1913
+  _globals['_TOKENIZERESPONSE']._serialized_end=1965
+  _globals['_INFERENCESERVICE']._serialized_start=2103
+  _globals['_INFERENCESERVICE']._serialized_end=2416
 # @@protoc_insertion_point(module_scope)

@@ -214,10 +214,18 @@ class GenerateRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """The adapter's name, `tenant/name`; empty for the base model."""
+    """The adapter, `tenant/name`, or one version or alias of it, as in `tenant/name@3` and `tenant/name@stable`.
+    Without either it is what the alias `stable` means, if that is set; else what `latest` does, which is the
+    newest version unless it is set. Empty for the base model.
+    """
     version: _builtins.int
-    """The adapter's version, 1 or more. Absent: the newest. Must be absent for the base model."""
+    """The adapter's version, 1 or more. Must be absent where `adapter` says it, and for the base model."""
+    routing_key: _builtins.str
+    """Chooses between the versions of an alias that has a canary: equal keys get the same one, as long as the
+    alias is not changed. At most 256 characters; empty: each request chooses for itself.
+    """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """What to complete; required."""
@@ -233,10 +241,11 @@ class GenerateRequest(_message.Message):
         version: _builtins.int | None = ...,
         input: _common_pb2.Input | None = ...,
         sampling: Global___SamplingParams | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "input", b"input", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "adapter", b"adapter", "input", b"input", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "adapter", b"adapter", "input", b"input", "routing_key", b"routing_key", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -294,10 +303,18 @@ class GenerateStreamRequest(_message.Message):
     VERSION_FIELD_NUMBER: _builtins.int
     INPUT_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """The adapter's name, `tenant/name`; empty for the base model."""
+    """The adapter, `tenant/name`, or one version or alias of it, as in `tenant/name@3` and `tenant/name@stable`.
+    Without either it is what the alias `stable` means, if that is set; else what `latest` does, which is the
+    newest version unless it is set. Empty for the base model.
+    """
     version: _builtins.int
-    """The adapter's version, 1 or more. Absent: the newest. Must be absent for the base model."""
+    """The adapter's version, 1 or more. Must be absent where `adapter` says it, and for the base model."""
+    routing_key: _builtins.str
+    """Chooses between the versions of an alias that has a canary: equal keys get the same one, as long as the
+    alias is not changed. At most 256 characters; empty: each request chooses for itself.
+    """
     @_builtins.property
     def input(self) -> _common_pb2.Input:
         """What to complete; required."""
@@ -313,10 +330,11 @@ class GenerateStreamRequest(_message.Message):
         version: _builtins.int | None = ...,
         input: _common_pb2.Input | None = ...,
         sampling: Global___SamplingParams | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "input", b"input", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "adapter", b"adapter", "input", b"input", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_version", b"_version", "adapter", b"adapter", "input", b"input", "routing_key", b"routing_key", "sampling", b"sampling", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__version: _TypeAlias = _typing.Literal["version"]  # noqa: Y015
     _WhichOneofArgType__version: _TypeAlias = _typing.Literal["_version", b"_version"]  # noqa: Y015
@@ -402,14 +420,22 @@ class ScoreRequest(_message.Message):
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     TOP_LOGPROBS_FIELD_NUMBER: _builtins.int
+    ROUTING_KEY_FIELD_NUMBER: _builtins.int
     adapter: _builtins.str
-    """The adapter's name, `tenant/name`; empty for the base model."""
+    """The adapter, `tenant/name`, or one version or alias of it, as in `tenant/name@3` and `tenant/name@stable`.
+    Without either it is what the alias `stable` means, if that is set; else what `latest` does, which is the
+    newest version unless it is set. Empty for the base model.
+    """
     version: _builtins.int
-    """The adapter's version, 1 or more. Absent: the newest. Must be absent for the base model."""
+    """The adapter's version, 1 or more. Must be absent where `adapter` says it, and for the base model."""
     text: _builtins.str
     """Text. After a context no special tokens are added to it; without one it is treated as a prompt."""
     top_logprobs: _builtins.int
     """How many of the most probable tokens to return at each position, 0 to 20. Default 0."""
+    routing_key: _builtins.str
+    """Chooses between the versions of an alias that has a canary: equal keys get the same one, as long as the
+    alias is not changed. At most 256 characters; empty: each request chooses for itself.
+    """
     @_builtins.property
     def context(self) -> _common_pb2.Input:
         """What comes before the scored text and is not scored itself. Absent: nothing, and then the text's first
@@ -429,10 +455,11 @@ class ScoreRequest(_message.Message):
         text: _builtins.str = ...,
         token_ids: _common_pb2.TokenIds | None = ...,
         top_logprobs: _builtins.int | None = ...,
+        routing_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "_version", b"_version", "context", b"context", "target", b"target", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "version", b"version"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "_version", b"_version", "adapter", b"adapter", "context", b"context", "target", b"target", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs", "_version", b"_version", "adapter", b"adapter", "context", b"context", "routing_key", b"routing_key", "target", b"target", "text", b"text", "token_ids", b"token_ids", "top_logprobs", b"top_logprobs", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__top_logprobs: _TypeAlias = _typing.Literal["top_logprobs"]  # noqa: Y015
     _WhichOneofArgType__top_logprobs: _TypeAlias = _typing.Literal["_top_logprobs", b"_top_logprobs"]  # noqa: Y015

@@ -1,4 +1,7 @@
-"""A store's directories and files over fsspec: reading only, nothing outside the store, typed errors."""
+"""A store's directories and files over fsspec: reading only, nothing outside the store, typed errors.
+
+`hotswap.storage` is for those who change a store.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from fsspec.core import url_to_fs  # type: ignore[import-untyped]
 from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
 from hotswap.layout import HIDDEN_PREFIX
+from hotswap.storage import StoragePackageError, is_denial, open_filesystem
 
 from hotswap_server.errors import (
     AdapterInvalidError,
@@ -24,8 +27,6 @@ FileInfo = Mapping[str, Any]
 """What fsspec tells of a file: `type`, `size`, and what else its file system knows."""
 
 _CHUNK_BYTES = 16 << 20
-# By name, as their packages need not be installed.
-_DENIALS = frozenset({"NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"})
 _MAX_DEPTH = 3  # directories below the root: tenant, task, version
 
 
@@ -38,12 +39,16 @@ class StoreFiles:
 
     def __init__(self, url: str | os.PathLike[str]) -> None:
         try:
-            # Without its cache of listings, fsspec would go on telling what it saw first.
-            self._fs, root = url_to_fs(os.fspath(url), use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise InvalidRequestError("store", f"no file system for this URL: {error}") from error
+            self._fs, root = open_filesystem(os.fspath(url))
+        except StoragePackageError as error:
+            raise InvalidRequestError("store", str(error)) from error
         self._local = isinstance(self._fs, LocalFileSystem)
         self._root: str = (os.path.realpath(root) if self._local else root).rstrip("/")
+
+    @property
+    def local(self) -> bool:
+        """Whether it is a directory of this machine, where looking costs little."""
+        return self._local
 
     def names(self, directory: str, label: str) -> set[str]:
         """The names of the entries of a directory; none where there is no directory.
@@ -68,18 +73,42 @@ class StoreFiles:
                     entries[name] = info
             return entries
 
-    def walk(self) -> Iterator[tuple[str, ...]]:
-        """The parts of the path of each file down to the versions' directories, unreadable parts left out.
+    def find(self, directory: str, label: str) -> dict[str, FileInfo]:
+        """Every object below a directory, hidden ones too, by its path from there: one flat listing.
 
         Raises:
             StoreUnavailableError: the store as a whole cannot be read.
         """
-        if not self._local:  # one flat listing; a request for each directory would take minutes
-            with self._storage_errors("the list"):
-                paths: list[str] = self._fs.find(self._root)
-            for path in paths:
-                yield tuple(path.removeprefix(self._root).strip("/").split("/"))
-            return
+        root = f"{self._root}/{directory}".rstrip("/")
+        with self._storage_errors(label):
+            try:
+                found: dict[str, FileInfo] = self._fs.find(root, detail=True)
+            except FileNotFoundError as error:
+                if "bucket" in str(error).lower():
+                    raise StoreUnavailableError("the store's bucket is missing; check its URL") from error
+                return {}
+        relative = {path.removeprefix(root).strip("/"): info for path, info in found.items()}
+        return {path: info for path, info in relative.items() if path}
+
+    def info(self, file: str, label: str) -> FileInfo:
+        """What one file is.
+
+        Raises:
+            AdapterInvalidError: a link in the path leads out of the store.
+            AdapterNotFoundError: it is gone.
+        """
+        path = f"{self._root}/{file}"
+        self._refuse_escape(path, label)
+        with self._storage_errors(label):
+            info: FileInfo = self._fs.info(path)
+        return info
+
+    def walk(self) -> Iterator[str]:
+        """The path of each file of a directory's store down to the versions, unreadable parts left out.
+
+        Raises:
+            StoreUnavailableError: the store as a whole cannot be read.
+        """
         self.entries("", "the list")
         pending: list[tuple[str, ...]] = [()]
         while pending:
@@ -87,9 +116,22 @@ class StoreFiles:
             with suppress(HotswapError):
                 for name, info in self.entries("/".join(directory), "the list").items():
                     if info["type"] == "file":
-                        yield (*directory, name)
+                        yield "/".join((*directory, name))
                     elif info["type"] == "directory" and len(directory) < _MAX_DEPTH:
                         pending.append((*directory, name))
+
+    def read_small(self, files: Mapping[str, FileInfo]) -> dict[str, bytes]:
+        """Listed small files of an object store, asked for at once, each in the size it was listed with.
+
+        Those that cannot be read are left out: whoever needs one asks again, and its error is typed.
+        """
+        paths = [f"{self._root}/{file}" for file in files]
+        ends = [int(info["size"]) for info in files.values()]
+        try:
+            found = self._fs.cat_ranges(paths, [0] * len(paths), ends, on_error="return") if paths else []
+        except Exception:
+            return {}
+        return {file: data for file, data in zip(files, found, strict=True) if isinstance(data, bytes)}
 
     def read(self, file: str, info: FileInfo, label: str) -> Iterator[bytes]:
         """A listed file in chunks: the bytes that it had when listed, or fewer.
@@ -146,7 +188,7 @@ class StoreFiles:
             raise AdapterNotFoundError(f"{label} has just left the store", adapter=label) from None
         except Exception as error:
             kind = type(error).__name__  # the text may hold paths and credentials
-            if isinstance(error, PermissionError) or kind in _DENIALS:
+            if is_denial(error):
                 raise StoreDeniedError(
                     f"the store does not let this server read {label} ({kind}); give its user or credentials "
                     f"the right to list and read the store"

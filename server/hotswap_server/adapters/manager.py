@@ -94,9 +94,9 @@ class AdapterManager:
         self.cancel_users: Callable[[AdapterRef], None] = lambda ref: None
 
     @classmethod
-    def open_store(cls, url: str) -> AdapterStore:
-        """The store at `url`, read by the methods that are served here."""
-        return AdapterStore(url, method_of)
+    def open_store(cls, url: str, refresh_s: float = 0.0) -> AdapterStore:
+        """The store at `url`, read by the methods that are served here; see `AdapterStore`."""
+        return AdapterStore(url, method_of, refresh_s=refresh_s)
 
     def close(self) -> None:
         """End the loading, and leave the base without adapters; its engine must have stopped."""
@@ -125,9 +125,9 @@ class AdapterManager:
 
     # The rest may block on the store.
 
-    def resolve(self, name: str, version: int | None) -> AdapterRef:
+    def resolve(self, name: str, version: int | None, *, key: str | None = None) -> AdapterRef:
         """The version that a request gets now; see `AdapterStore.resolve`."""
-        return self._store.resolve(name, version)
+        return self._store.resolve(name, version, key=key)
 
     def stored(self) -> Sequence[tuple[str, int]]:
         """Name and version of all that the store has, ascending; none of it is read."""
@@ -136,12 +136,14 @@ class AdapterManager:
     def list(self, versions: Iterable[tuple[str, int]] | None = None) -> list[AdapterInfo]:
         """These, or all in the store. One that cannot be read says why in `error`.
 
-        The store reads the content of those that it has not seen yet.
+        Nothing is fetched to be hashed: a version without a manifest may have no digest yet.
         """
         infos = []
-        for name, version in self.stored() if versions is None else versions:
+        wanted = tuple(self.stored() if versions is None else versions)
+        self._store.survey(wanted)
+        for name, version in wanted:
             try:
-                infos.append(self.get(name, version))
+                infos.append(self.describe(self._store.peek(name, version)))
             except HotswapError as error:
                 ref = AdapterRef(name, version, "", "")
                 infos.append(AdapterInfo(ref, Residency.STORE, 0, 0, False, 0, {}, str(error)))

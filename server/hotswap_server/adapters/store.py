@@ -4,51 +4,41 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 import zlib
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
-from hotswap.layout import (
-    CONFIG_FILE,
-    UNNUMBERED_VERSION,
-    WEIGHTS_FILE,
-    content_digest,
-    versions_in,
-)
-from hotswap.names import MAX_VERSION, AdapterName, InvalidAdapterNameError
+from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE, existing_versions
+from hotswap.names import MAX_VERSION, AdapterName, AdapterReference, InvalidAdapterNameError
 
 from hotswap_server.adapters.checkpoint import (
-    CONVERT_REMEDY,
     PICKLE_FILE,
     AdapterChangedError,
     RawCheckpoint,
-    file_error,
     parse_checkpoint,
     parse_config,
 )
+from hotswap_server.adapters.content import DEFAULT_MAX_WEIGHTS_BYTES, MAX_CONFIG_BYTES, VersionContent
 from hotswap_server.adapters.files import FileInfo, StoreFiles
+from hotswap_server.adapters.listing import Fingerprint, Listings, Location, ObjectListing, locate
+from hotswap_server.adapters.store_aliases import StoreAliases
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import (
     AdapterNotFoundError,
+    HotswapError,
     InvalidRequestError,
     StoreUnavailableError,
 )
 
-MAX_CONFIG_BYTES: Final = 1 << 20
-DEFAULT_MAX_WEIGHTS_BYTES: Final = 2 << 30
+__all__ = ["DEFAULT_MAX_WEIGHTS_BYTES", "MAX_CONFIG_BYTES", "AdapterStore", "StoredAdapter"]
 
-_MAX_KNOWN = 16_384  # versions whose digest is remembered
-_MAX_ATTEMPTS = 3
-# What the file systems of fsspec call the things that change when a file does, its size aside.
-_CHANGE_MARKERS = (
-    *("mtime", "created", "ino", "modified", "updated", "generation", "md5Hash", "content_md5"),
-    *("etag", "ETag", "LastModified", "last_modified"),
-)
-
-Fingerprint = tuple[object, ...]
+_MAX_KNOWN: Final = 16_384  # versions whose digest is remembered
+_MAX_ATTEMPTS: Final = 3
+_BATCH: Final = 256  # versions whose small files are asked for at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,45 +49,15 @@ class StoredAdapter:
     versions: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Location:
-    """Where a version lies: its directory and the entries of that."""
-
-    label: str  # tenant/name@version
-    version: int
-    directory: str
-    entries: Mapping[str, FileInfo]
-
-    @property
-    def exists(self) -> bool:
-        """Whether it is a version at all: both files are there, so an upload that goes on is not one yet.
-
-        A pickle beside a config counts, so that it is refused by name and not passed over.
-        """
-        return CONFIG_FILE in self.entries and (WEIGHTS_FILE in self.entries or PICKLE_FILE in self.entries)
-
-    @property
-    def fingerprint(self) -> Fingerprint | None:
-        """Equal as long as the files are the same; None where the file system tells too little for that."""
-        markers: list[object] = []
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            info = self.entries.get(file, {})
-            changing = tuple(info.get(marker) for marker in _CHANGE_MARKERS)
-            if all(value is None for value in changing):
-                return None
-            markers.append((info.get("size"), changing))
-        return tuple(markers)
-
-
 class AdapterStore:
-    """Reads the adapters of a store. Every method blocks, may be called from any thread, and sees at once
-    what was published since.
+    """Reads the adapters of a store. Every method blocks and may be called from any thread.
 
     `url` is a directory or an fsspec URL (`s3://…`, `memory://…`). `method_of` tells the method of an adapter
-    from its configuration, or raises AdapterInvalidError.
+    from its configuration, or raises AdapterInvalidError. What is published, set or deleted is seen at once
+    in a directory, and within `refresh_s` seconds elsewhere, where looking costs a request.
 
-    Errors of all methods, beside their own: StoreUnavailableError when the storage fails. No message holds a
-    path outside the store.
+    Errors of all methods, beside their own: StoreUnavailableError when the storage fails, of which those that
+    may pass are `transient`. No message holds a path outside the store.
 
     Raises:
         InvalidRequestError: nothing installed reads such a URL; the message names the missing package.
@@ -109,107 +69,172 @@ class AdapterStore:
         method_of: Callable[[dict[str, object]], str],
         *,
         max_weights_bytes: int = DEFAULT_MAX_WEIGHTS_BYTES,
+        refresh_s: float = 0.0,
     ) -> None:
         self._files = StoreFiles(url)
+        self._listings = Listings(self._files, refresh_s)
+        self._aliases = StoreAliases(self._files)
+        self._content = VersionContent(self._files, max_weights_bytes)
         self._method_of = method_of
-        self._max_weights_bytes = max_weights_bytes
         self._known: OrderedDict[str, tuple[Fingerprint, AdapterRef]] = OrderedDict()
         self._known_lock = threading.Lock()
-        self._hashing_locks = tuple(threading.Lock() for _ in range(32))
+        self._reading_locks = tuple(threading.Lock() for _ in range(32))
 
-    def resolve(self, name: str, version: int | None = None) -> AdapterRef:
-        """The version of `name` that a request for it gets now: the latest one when `version` is None.
+    def resolve(self, name: str, version: int | None = None, *, key: str | None = None) -> AdapterRef:
+        """The version that a request for `name` gets now.
 
-        The digest is computed from the content once, and again when size, times or etag of a file change.
+        `name` is `tenant/name`, or `tenant/name@3` or `tenant/name@stable` instead of a `version`. Without
+        either it is what the alias `stable` means if that is set, else what `latest` does, else the highest.
+        `key` chooses between an alias's version and its canary; without one it is never the canary.
+
+        The digest is the manifest's; without one it is computed from the content once, and again when size,
+        times or etag of a file change.
 
         Raises:
             InvalidRequestError: `name` or `version` can never be one.
             AdapterNotFoundError: the store has none.
             AdapterInvalidError: the version lacks a file, is too large, or has a configuration nobody serves.
+            AdapterDamagedError: it is not what its manifest says.
         """
-        parsed = _parse(name, version)
-        location = self._locate(parsed, version)
+        reference = _parse(name, version)
+        location = self._locate(reference, key)
+        return self._recall(location) or self._inspect(location)
+
+    def peek(self, name: str, version: int) -> AdapterRef:
+        """As `resolve` for a version by number, but never hashes: then the digest is empty."""
+        reference = _parse(name, version)
+        location = self._locate(reference, None)
         known = self._recall(location)
         if known is not None:
             return known
-        # One thread hashes; others that want the same adapter wait and then find its digest.
-        with self._hashing_locks[zlib.crc32(location.directory.encode()) % len(self._hashing_locks)]:
-            for _ in range(_MAX_ATTEMPTS):
-                known = self._recall(location)
-                if known is not None:
-                    return known
-                ref = self._inspect(parsed, location)
-                after = self._locate(parsed, location.version)
-                if after.fingerprint == location.fingerprint:
-                    self._remember(location, ref)
-                    return ref
-                location = after
-        raise StoreUnavailableError(f"{location.label} keeps changing while it is read; retry later")
+        return self._describe(location)[0]
 
     def list(self) -> Sequence[StoredAdapter]:
         """Every adapter with its versions, by name. What cannot be read, or is no adapter, is left out."""
-        files: defaultdict[tuple[str, ...], set[str]] = defaultdict(set)
-        for path in self._files.walk():
-            files[path[:-1]].add(path[-1])
-        versions: defaultdict[AdapterName, set[int]] = defaultdict(set)
-        for directory, names in files.items():
-            if CONFIG_FILE not in names or not names & {WEIGHTS_FILE, PICKLE_FILE} or len(directory) < 2:
-                continue
+        paths = self._files.walk() if self._files.local else self._find()
+        tasks: defaultdict[AdapterName, set[str]] = defaultdict(set)
+        for path in paths:
+            tenant, _, rest = path.partition("/")
+            name, _, file = rest.partition("/")
             with suppress(InvalidAdapterNameError):
-                name = AdapterName(*directory[:2])
-                numbers = versions_in(directory[2:]) if len(directory) == 3 else [UNNUMBERED_VERSION]
-                versions[name].update(numbers if len(directory) <= 3 else [])
-        return [StoredAdapter(str(name), tuple(sorted(versions[name]))) for name in sorted(versions)]
+                tasks[AdapterName(tenant, name)].add(file)
+        found = {
+            n: existing_versions(files, weights=(WEIGHTS_FILE, PICKLE_FILE)) for n, files in tasks.items()
+        }
+        return [StoredAdapter(str(name), tuple(found[name])) for name in sorted(found) if found[name]]
+
+    def survey(self, adapters: Sequence[StoredAdapter]) -> None:
+        """Read together what `peek` would read of one version after the other, in an object store.
+
+        What cannot be read is left to `peek`, which says why.
+        """
+        if self._files.local:
+            return
+        unknown: list[Location] = []
+        for adapter in adapters:
+            for version in adapter.versions:
+                with suppress(HotswapError):
+                    location = self._locate(_parse(adapter.name, version), None)
+                    if self._recall(location) is None and location.has_manifest:
+                        unknown.append(location)
+        for start in range(0, len(unknown), _BATCH):
+            batch = unknown[start : start + _BATCH]
+            small = self._content.prefetch(batch)
+            for location in batch:
+                with suppress(HotswapError):
+                    self._describe(location, small)
 
     def read(self, ref: AdapterRef) -> RawCheckpoint:
         """The content of a resolved version, checked against its digest.
 
         Raises:
             AdapterNotFoundError: the version is gone.
+            AdapterDamagedError: a file is not what the manifest says.
             AdapterChangedError: its directory was changed in place since; what `ref` meant no longer exists,
                 so this is not retried, and the next `resolve` gives the new content.
             AdapterInvalidError: a file is damaged.
         """
-        location = self._locate(_parse(ref.name, ref.version), ref.version)
-        config = self._read_config(location)
-        weights = b"".join(self._read_weights(location))
+        name = _parse(ref.name, ref.version).name
         try:
-            return parse_checkpoint(config, weights, ref)
-        except AdapterChangedError:
-            with self._known_lock:
-                self._known.pop(location.directory, None)
+            location = locate(self._listings.get(name), name, ref.version)
+            config = self._content.read(location, CONFIG_FILE)
+            weights = self._content.read(location, WEIGHTS_FILE)
+            try:
+                return parse_checkpoint(config, weights, ref)
+            except AdapterChangedError:
+                with self._known_lock:
+                    self._known.pop(location.directory, None)
+                location = locate(self._listings.get(name, fresh=True), name, ref.version)
+                damage = self._content.damage(location, ref.digest, config, weights)
+                if damage is not None:
+                    raise damage from None
+                raise
+        except HotswapError:
+            self._listings.forget(name)  # it may have shown what is no longer so
             raise
 
-    def _locate(self, name: AdapterName, version: int | None) -> _Location:
-        task = f"{name.tenant}/{name.name}"
-        if version is not None and version != UNNUMBERED_VERSION:
-            locations = [self._numbered(name, task, version)]
-        else:
-            names = self._files.names(task, str(name))
-            numbers = [n for n in versions_in(names - {CONFIG_FILE}) if version is None or n == version]
-            locations = [self._numbered(name, task, number) for number in reversed(numbers[-1:])]
-            if locations and not locations[0].exists:  # the rest is looked at only when it has to be
-                locations += [self._numbered(name, task, number) for number in reversed(numbers[:-1])]
-            if str(UNNUMBERED_VERSION) not in names and names & {CONFIG_FILE, WEIGHTS_FILE}:
-                entries = self._files.entries(task, str(name))
-                locations.append(_Location(f"{name}@{UNNUMBERED_VERSION}", UNNUMBERED_VERSION, task, entries))
-        locations = [location for location in locations if location.entries]
-        if not locations:
-            label = str(name) if version is None else f"{name}@{version}"
-            raise AdapterNotFoundError(f"the store has no adapter {label}", adapter=label)
-        return next((location for location in locations if location.exists), locations[0])
+    def _locate(self, reference: AdapterReference, key: str | None) -> Location:
+        name, listing = reference.name, self._listings.get(reference.name)
+        if reference.version is not None:
+            return locate(listing, name, reference.version)
+        version = self._aliases.choose(listing, name, reference.alias, key)
+        try:
+            return locate(listing, name, version)
+        except AdapterNotFoundError:
+            if version is None:
+                raise
+            raise AdapterNotFoundError(
+                f"an alias of {name} means version {version}, which the store does not have; point it at "
+                f"another one with `hotswap adapters alias`",
+                adapter=str(reference),
+            ) from None
 
-    def _numbered(self, name: AdapterName, task: str, version: int) -> _Location:
-        label, directory = f"{name}@{version}", f"{task}/{version}"
-        return _Location(label, version, directory, self._files.entries(directory, label))
+    def _inspect(self, location: Location) -> AdapterRef:
+        # One thread reads; others that want the same version wait and then find its digest.
+        with self._reading_locks[zlib.crc32(location.directory.encode()) % len(self._reading_locks)]:
+            for _ in range(_MAX_ATTEMPTS):
+                known = self._recall(location)
+                if known is not None:
+                    return known
+                ref, config = self._describe(location)
+                if ref.digest:
+                    return ref
+                ref = replace(ref, digest=self._content.digest(location, config))
+                name = AdapterName.parse(ref.name)
+                after = locate(self._listings.get(name, fresh=True), name, location.version)
+                if after.fingerprint == location.fingerprint:
+                    self._remember(location, ref)
+                    return ref
+                location = after
+        raise StoreUnavailableError(f"{location.label} keeps changing while it is read; retry later")
 
-    def _inspect(self, name: AdapterName, location: _Location) -> AdapterRef:
-        config = self._read_config(location)
+    def _describe(
+        self, location: Location, small: Mapping[str, bytes] | None = None
+    ) -> tuple[AdapterRef, bytes]:
+        """The version, without its digest where only the weights could tell that, and its configuration."""
+        config, digest = self._content.describe(location, small)
         method = self._method_of(parse_config(config, location.label))
-        digest = content_digest(config, self._read_weights(location))
-        return AdapterRef(str(name), location.version, digest, method)
+        ref = AdapterRef(location.label.partition("@")[0], location.version, digest or "", method)
+        if digest is not None:
+            self._remember(location, ref)
+        return ref, config
 
-    def _recall(self, location: _Location) -> AdapterRef | None:
+    def _find(self) -> Iterable[str]:
+        """The paths of all objects; what is seen of each adapter counts as a look at it."""
+        begun = time.monotonic()
+        found = self._files.find("", "the list")
+        tasks: defaultdict[AdapterName, dict[str, FileInfo]] = defaultdict(dict)
+        for path, info in found.items():
+            tenant, _, rest = path.partition("/")
+            name, _, file = rest.partition("/")
+            if file:
+                with suppress(InvalidAdapterNameError):
+                    tasks[AdapterName(tenant, name)][file] = info
+        for adapter, objects in tasks.items():
+            self._listings.put(adapter, begun, ObjectListing(objects))
+        return found
+
+    def _recall(self, location: Location) -> AdapterRef | None:
         fingerprint = location.fingerprint
         with self._known_lock:
             known = self._known.get(location.directory)
@@ -218,7 +243,7 @@ class AdapterStore:
             self._known.move_to_end(location.directory)
             return known[1]
 
-    def _remember(self, location: _Location, ref: AdapterRef) -> None:
+    def _remember(self, location: Location, ref: AdapterRef) -> None:
         fingerprint = location.fingerprint
         if fingerprint is None:
             return
@@ -228,31 +253,16 @@ class AdapterStore:
             if len(self._known) > _MAX_KNOWN:
                 self._known.popitem(last=False)
 
-    def _read_config(self, location: _Location) -> bytes:
-        return b"".join(self._read_file(location, CONFIG_FILE, MAX_CONFIG_BYTES))
 
-    def _read_weights(self, location: _Location) -> Iterator[bytes]:
-        if WEIGHTS_FILE not in location.entries and PICKLE_FILE in location.entries:
-            raise file_error(location.label, PICKLE_FILE, f"is its only weights file: {CONVERT_REMEDY}")
-        yield from self._read_file(location, WEIGHTS_FILE, self._max_weights_bytes)
-
-    def _read_file(self, location: _Location, file: str, limit: int) -> Iterator[bytes]:
-        """The file in chunks, at most the bytes that it was listed with."""
-        info = location.entries.get(file)
-        if info is None:
-            raise file_error(location.label, file, "is missing; copy the whole PEFT directory")
-        size = info.get("size")
-        if info["type"] != "file" or not isinstance(size, int) or size == 0:
-            raise file_error(location.label, file, "must be a regular file with content")
-        if size > limit:
-            raise file_error(location.label, file, f"has {size} bytes, over the limit of {limit}")
-        return self._files.read(f"{location.directory}/{file}", info, location.label)
-
-
-def _parse(name: str, version: int | None) -> AdapterName:
+def _parse(name: str, version: int | None) -> AdapterReference:
     if version is not None and not 1 <= version <= MAX_VERSION:
         raise InvalidRequestError("version", f"must be between 1 and {MAX_VERSION}, got {version}")
     try:
-        return AdapterName.parse(name)
+        reference = AdapterReference.parse(name)
     except InvalidAdapterNameError as error:
         raise InvalidRequestError("adapter", str(error)) from None
+    if version is None:
+        return reference
+    if str(reference) != str(reference.name):
+        raise InvalidRequestError("version", f"must be absent where the adapter is given as {reference}")
+    return replace(reference, version=version)

@@ -74,7 +74,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def GetAdapter(
         self, request: adapters_pb2.GetAdapterRequest, context: Any
     ) -> adapters_pb2.GetAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         info = await self._store.run(lambda: self._manager.get(name, version))
         _tell(info)
         return adapters_pb2.GetAdapterResponse(adapter=convert.adapter(info))
@@ -82,7 +82,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: Any
     ) -> adapters_pb2.LoadAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         before = await self._store.run(lambda: self._manager.get(name, version))
         _tell(before)
         if request.residency not in _BRINGABLE:
@@ -100,7 +100,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnloadAdapter(
         self, request: adapters_pb2.UnloadAdapterRequest, context: Any
     ) -> adapters_pb2.UnloadAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         policy = request.in_use
         if policy not in adapters_pb2.InUsePolicy.values():
             raise InvalidRequestError("in_use", f"must be a value of InUsePolicy, got {policy}")
@@ -118,7 +118,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def PinAdapter(
         self, request: adapters_pb2.PinAdapterRequest, context: Any
     ) -> adapters_pb2.PinAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         pinned = await self._future(lambda: self._manager.pin(name, version))
         _tell(pinned)
         return adapters_pb2.PinAdapterResponse(adapter=convert.adapter(pinned))
@@ -126,7 +126,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnpinAdapter(
         self, request: adapters_pb2.UnpinAdapterRequest, context: Any
     ) -> adapters_pb2.UnpinAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         unpinned = self._manager.unpin(name, version)
         if not unpinned and not self._manager.in_memory(name, version):
             _tell(await self._store.run(lambda: self._manager.get(name, version)))  # or it is unknown
@@ -135,7 +135,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def MergeAdapter(
         self, request: adapters_pb2.MergeAdapterRequest, context: Any
     ) -> adapters_pb2.MergeAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         ref = await self._store.run(lambda: self._manager.resolve(name, version))
         change = await asyncio.wrap_future(self._merges.merge(ref))
         _tell(change.info)
@@ -146,21 +146,25 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     async def UnmergeAdapter(
         self, request: adapters_pb2.UnmergeAdapterRequest, context: Any
     ) -> adapters_pb2.UnmergeAdapterResponse:
-        name, version = _named(request)
+        name, version = await self._named(request)
         change = await asyncio.wrap_future(self._merges.unmerge(name, version))
         _tell(change.info)
         return adapters_pb2.UnmergeAdapterResponse(
             adapter=convert.adapter(change.info), unmerge_seconds=change.seconds
         )
 
+    async def _named(self, request: Any) -> tuple[str, int | None]:
+        """Name and version; an alias is what it means now, leaving its canary aside."""
+        version = request.version if request.HasField("version") else None
+        reference = convert.adapter_reference("name", request.name, version)
+        name = current_call().facts["adapter"] = str(reference.name)
+        if reference.alias is None:
+            return name, reference.version
+        ref = await self._store.run(lambda: self._manager.resolve(str(reference), None))
+        return name, ref.version
+
     async def _future(self, begin: Callable[[], Future[T]]) -> T:
         return await asyncio.wrap_future(await self._store.run(begin))
-
-
-def _named(request: Any) -> tuple[str, int | None]:
-    name = convert.adapter_name("name", request.name)
-    current_call().facts["adapter"] = name
-    return name, convert.adapter_version(request.version if request.HasField("version") else None)
 
 
 def _tell(info: AdapterInfo) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Final
 
-from hotswap.names import MAX_VERSION, AdapterName, InvalidAdapterNameError
+from hotswap.names import MAX_VERSION, AdapterReference, InvalidAdapterNameError
 from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 
 from hotswap_server import core
@@ -29,17 +30,19 @@ _RESIDENCIES: Final = {
 }
 
 
-def adapter_name(field: str, name: str) -> str:
-    try:
-        return str(AdapterName.parse(name))
-    except InvalidAdapterNameError as error:
-        raise InvalidRequestError(field, str(error)) from None
-
-
-def adapter_version(version: int | None) -> int | None:
+def adapter_reference(field: str, name: str, version: int | None) -> AdapterReference:
+    """What a request's name and version say together."""
     if version is not None and not 1 <= version <= MAX_VERSION:
         raise InvalidRequestError("version", f"must be between 1 and {MAX_VERSION}, got {version}")
-    return version
+    try:
+        reference = AdapterReference.parse(name)
+    except InvalidAdapterNameError as error:
+        raise InvalidRequestError(field, str(error)) from None
+    if version is None:
+        return reference
+    if reference.version is not None or reference.alias is not None:
+        raise InvalidRequestError("version", f"must be absent where {field} says it already, as {reference}")
+    return replace(reference, version=version)
 
 
 def checked_ids(field: str, ids: Iterable[int], vocab_size: int) -> tuple[int, ...]:

@@ -6,8 +6,9 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from typing import Any, Final
 
+from hotswap.names import AdapterReference
 from hotswap.v1 import inference_pb2, inference_pb2_grpc
 
 from hotswap_server.core import (
@@ -26,6 +27,8 @@ from hotswap_server.grpc.encoding import InputEncoder
 from hotswap_server.grpc.interceptors import current_call
 from hotswap_server.grpc.store_calls import StoreCalls
 from hotswap_server.metrics import method_label
+
+MAX_ROUTING_KEY_LENGTH: Final = 256
 
 AnyGenerateRequest = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 
@@ -68,7 +71,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         raise EngineError("the engine ended the request without a result")
 
     async def Score(self, request: inference_pb2.ScoreRequest, context: Any) -> inference_pb2.ScoreResponse:
-        name, version = _named(request)
+        reference = _referred(request)
         if not 0 <= request.top_logprobs <= MAX_TOP_LOGPROBS:
             raise InvalidRequestError(
                 "top_logprobs", f"must be between 0 and {MAX_TOP_LOGPROBS}, got {request.top_logprobs}"
@@ -83,11 +86,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             scored = self._encoder.ids("token_ids", request.token_ids)
         else:
             raise InvalidRequestError("target", "is required; set text or token_ids")
-        adapter, seconds = await self._resolve(name, version)
+        id_ = uuid.uuid4().hex
+        adapter, seconds = await self._resolve(reference, request.routing_key or id_)
         current_call().spend(len(before) + len(scored))
         result = await self._engine.score(
             ScoreRequest(
-                id=uuid.uuid4().hex,
+                id=id_,
                 prompt_ids=before + scored,
                 score_from=len(before) or 1,
                 top_logprobs=request.top_logprobs,
@@ -107,12 +111,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         return inference_pb2.TokenizeResponse(token_ids=ids, count=len(ids))
 
     async def _prepare(self, request: AnyGenerateRequest) -> GenerateRequest:
-        name, version = _named(request)
+        reference = _referred(request)
         sampling = convert.sampling_params(request.sampling, self._encoder.vocab_size)
         prompt = await self._encoder.encode("input", request.input)
-        adapter, seconds = await self._resolve(name, version)
+        id_ = uuid.uuid4().hex
+        adapter, seconds = await self._resolve(reference, request.routing_key or id_)
         return GenerateRequest(
-            uuid.uuid4().hex,
+            id_,
             prompt,
             sampling,
             adapter,
@@ -120,12 +125,15 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             tenant=current_call().principal.name,
         )
 
-    async def _resolve(self, name: str, version: int | None) -> tuple[AdapterRef | None, float]:
-        """The version to use, and the seconds that the store took, which may have to read the content."""
-        if not name:
+    async def _resolve(self, reference: AdapterReference | None, key: str) -> tuple[AdapterRef | None, float]:
+        """The version to use, and the seconds that the store took, which may have to read the content.
+
+        `key` is what a canary's share is chosen by.
+        """
+        if reference is None:
             return None, 0.0
         began = time.perf_counter()
-        ref = await self._store.run(lambda: self._engine.adapters.resolve(name, version))
+        ref = await self._store.run(lambda: self._engine.adapters.resolve(str(reference), None, key=key))
         call = current_call()
         call.method = method_label(ref.method)
         call.facts["version"] = ref.version
@@ -149,14 +157,21 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 yield event
 
 
-def _named(request: AnyGenerateRequest | inference_pb2.ScoreRequest) -> tuple[str, int | None]:
-    """Name and version of the adapter that a request wants; an empty name for the base model."""
-    version = convert.adapter_version(request.version if request.HasField("version") else None)
+def _referred(request: AnyGenerateRequest | inference_pb2.ScoreRequest) -> AdapterReference | None:
+    """The adapter that a request wants; None for the base model."""
+    version = request.version if request.HasField("version") else None
+    if len(request.routing_key) > MAX_ROUTING_KEY_LENGTH:
+        raise InvalidRequestError(
+            "routing_key", f"has at most {MAX_ROUTING_KEY_LENGTH} characters, got {len(request.routing_key)}"
+        )
     call = current_call()
     if request.adapter:
-        name = call.facts["adapter"] = convert.adapter_name("adapter", request.adapter)
-        return name, version
+        reference = convert.adapter_reference("adapter", request.adapter, version)
+        call.facts["adapter"] = str(reference.name)
+        if reference.alias is not None:
+            call.facts["alias"] = reference.alias
+        return reference
     if version is not None:
         raise InvalidRequestError("version", "must be absent for the base model; name the adapter too")
     call.method = method_label(BASE_METHOD)
-    return "", None
+    return None

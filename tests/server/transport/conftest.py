@@ -13,6 +13,8 @@ from typing import Any
 import grpc
 import pytest
 from grpc_status import rpc_status
+from hotswap.aliases import Target
+from hotswap.names import AdapterReference
 from hotswap.v1 import adapters_pb2_grpc, inference_pb2_grpc
 from hotswap_server.adapters.merges import MergeChange
 from hotswap_server.adapters.residency import AdapterInfo, InUse, Residency
@@ -59,6 +61,7 @@ class FakeManager:
     def __init__(self) -> None:
         self.infos: dict[tuple[str, int], AdapterInfo] = {}
         self.errors: dict[str, Exception] = {}
+        self.aliases: dict[str, Target] = {}
         self.unloaded: list[tuple[str, int | None, InUse]] = []
         self.listed: list[tuple[str, int]] = []  # read, perhaps
 
@@ -76,8 +79,12 @@ class FakeManager:
             raise AdapterNotFoundError(f"the store has no adapter {name}", adapter=name)
         return self.infos[name, max(found)]
 
-    def resolve(self, name: str, version: int | None) -> AdapterRef:
-        return self.get(name, version).ref
+    def resolve(self, name: str, version: int | None, *, key: str | None = None) -> AdapterRef:
+        """`name` may be a reference; an alias is looked up in `aliases`."""
+        reference = AdapterReference.parse(name)
+        if reference.alias is not None:
+            version = self.aliases[str(reference)].choose(key, name)
+        return self.get(str(reference.name), reference.version or version).ref
 
     def stored(self) -> list[tuple[str, int]]:
         return sorted(self.infos)

@@ -254,7 +254,9 @@ NAMES = (
         "acme/one\u202e",
     ),
     *(
-        "acme/one@1",
+        "acme/one@01",
+        "acme/one@Stable",
+        "acme/one@",
         "acme/one@..",
         "file:///etc/passwd",
         "s3://bucket/x",

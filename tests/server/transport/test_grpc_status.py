@@ -208,7 +208,7 @@ async def test_an_unknown_adapter_is_not_found(serving, refusal_of):
 async def test_a_store_that_hangs_is_unavailable_and_the_base_goes_on(serving, refusal_of):
     async with serving(store_timeout=0.2) as s:
         answer = threading.Event()
-        s.engine.adapters.resolve = lambda name, version: answer.wait(30)
+        s.engine.adapters.resolve = lambda name, version, key: answer.wait(30)
         try:
             waiting = [
                 s.inference.Generate(inference_pb2.GenerateRequest(input=text(), adapter="a/b"))
