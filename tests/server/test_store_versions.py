@@ -249,7 +249,7 @@ def test_the_list_reads_no_weights_and_asks_for_all_at_once(s3_url, calls):
     found = store.list()
     assert calls == {LIST: 1}
     assert found == [StoredAdapter("acme/dropped", (1,)), *(StoredAdapter(str(name), (1,)) for name in names)]
-    store.survey(found)
+    store.survey((adapter.name, 1) for adapter in found)
     assert calls == {LIST: 1, "get_object": 12}
     refs = {adapter.name: store.peek(adapter.name, 1) for adapter in found}
     assert calls == {LIST: 1, "get_object": 13}, "the configuration of the one without a manifest"

@@ -101,13 +101,11 @@ class AdapterStore:
         return self._recall(location) or self._inspect(location)
 
     def peek(self, name: str, version: int) -> AdapterRef:
-        """As `resolve` for a version by number, but never hashes: then the digest is empty."""
-        reference = _parse(name, version)
-        location = self._locate(reference, None)
-        known = self._recall(location)
-        if known is not None:
-            return known
-        return self._describe(location)[0]
+        """As `resolve` by number, but what would have to be fetched to be hashed has no digest."""
+        if self._files.local:
+            return self.resolve(name, version)
+        location = self._locate(_parse(name, version), None)
+        return self._recall(location) or self._describe(location)[0]
 
     def list(self) -> Sequence[StoredAdapter]:
         """Every adapter with its versions, by name. What cannot be read, or is no adapter, is left out."""
@@ -123,7 +121,7 @@ class AdapterStore:
         }
         return [StoredAdapter(str(name), tuple(found[name])) for name in sorted(found) if found[name]]
 
-    def survey(self, adapters: Sequence[StoredAdapter]) -> None:
+    def survey(self, versions: Iterable[tuple[str, int]]) -> None:
         """Read together what `peek` would read of one version after the other, in an object store.
 
         What cannot be read is left to `peek`, which says why.
@@ -131,12 +129,11 @@ class AdapterStore:
         if self._files.local:
             return
         unknown: list[Location] = []
-        for adapter in adapters:
-            for version in adapter.versions:
-                with suppress(HotswapError):
-                    location = self._locate(_parse(adapter.name, version), None)
-                    if self._recall(location) is None and location.has_manifest:
-                        unknown.append(location)
+        for name, version in versions:
+            with suppress(HotswapError):
+                location = self._locate(_parse(name, version), None)
+                if self._recall(location) is None and location.has_manifest:
+                    unknown.append(location)
         for start in range(0, len(unknown), _BATCH):
             batch = unknown[start : start + _BATCH]
             small = self._content.prefetch(batch)
