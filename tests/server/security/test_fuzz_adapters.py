@@ -226,7 +226,7 @@ def fuzz(manager, store, valid, kind, examples) -> None:
 
 @pytest.mark.parametrize("kind", VALID)
 def test_what_is_not_a_whole_adapter_is_refused(manager, store, valid, kind):
-    fuzz(manager, store, valid, kind, 60)
+    fuzz(manager, store, valid, kind, 40)
 
 
 @pytest.mark.slow
