@@ -1,9 +1,10 @@
-"""Every method in one batch over the real base, against PEFT one request at a time."""
+"""Every method in one batch over the real base, merged adapters too, against PEFT one request at a time."""
 
 from functools import partial
 
 import pytest
 import torch
+from hotswap_server.core import ServingPath
 from hotswap_server.engine.base import load_base
 from hotswap_server.kernels import select_kernels
 from support.adapters import Oracle, write_bottleneck, write_ia3, write_lora, write_prefix
@@ -71,19 +72,26 @@ def test_all_methods_under_pressure_get_peft_s_tokens(kind, smollm2, tmp_path):
     with Running(base, tokenizer, tmp_path, kv_pages=120, page_size=4, max_batch_tokens=64) as running:
         for name in WRITERS:
             running.adapters.load(f"acme/{name}", None).result()
-        outcomes = [
-            running.generate(prompt, name and f"acme/{name}", max_new_tokens=NEW_TOKENS)
-            for name, prompt in zip(names, prompts, strict=True)
-        ]
-        for outcome in outcomes:
-            outcome.result()
+        rounds = []
+        for merged in (None, "lora8", "dora4"):
+            if merged is not None:
+                running.merge(f"acme/{merged}")
+            outcomes = [
+                running.generate(prompt, name and f"acme/{name}", max_new_tokens=NEW_TOKENS)
+                for name, prompt in zip(names, prompts, strict=True)
+            ]
+            paths = {outcome.finished.path for outcome in outcomes}
+            assert (ServingPath.MERGED in paths) == (merged is not None)
+            rounds.append(outcomes)
         assert running.engine.stats().preemptions > 0
         assert max(step.distinct_adapters for step in running.recorder.steps) > 3
-    for name, prompt, outcome in zip(names, prompts, outcomes, strict=True):
+    for name, prompt, outcomes in zip(names, prompts, zip(*rounds, strict=True), strict=True):
         oracle = Oracle(reference, {} if name is None else {name: tmp_path / "acme" / name / "1"})
         expected = oracle.generate(name, prompt, NEW_TOKENS)
-        got, model = outcome.tokens, oracle.model(name)
-        assert got == expected, f"{name}: " + explain(model, prompt, expected, got)
+        model = oracle.model(name)
+        for outcome in outcomes:
+            got = outcome.tokens
+            assert got == expected, f"{name}: " + explain(model, prompt, expected, got)
         if name is not None:
             with torch.inference_mode():
                 adapted = model(input_ids=torch.tensor([prompt])).logits[0, -1]
