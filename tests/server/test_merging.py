@@ -8,7 +8,9 @@ import pytest
 import torch
 from hotswap_server.adapters.residency import InUse, Residency
 from hotswap_server.core import ServingPath
+from hotswap_server.engine.base import prepare_base
 from hotswap_server.errors import AdapterInUseError, CapacityError, MergeRefusedError
+from hotswap_server.kernels import select_kernels
 from peft import PeftModel
 from support.adapters import (
     ALL_LINEARS,
@@ -369,3 +371,34 @@ def test_closing_while_one_is_merged_leaves_the_base_bare(plain, tokenizer):
         wait_until(lambda: running.engine.idle)
     assert weights_hash(plain.base) == before
     assert not any(group.correction for group in plain.base.projections)
+
+
+def test_in_bfloat16_it_costs_what_merging_costs_in_peft(plain, tokenizer, tmp_path):
+    """Log-probabilities of the merged adapter, and of the base beside it, against float32."""
+    path = write_lora(plain.model, tmp_path / "acme/x/1", r=4, std=0.05, target_modules=ALL_LINEARS)
+    tokens = random_prompt(60, seed=5)
+
+    def logprobs(model):
+        with torch.inference_mode():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0].float()
+        return logits.log_softmax(-1)[torch.arange(59), list(tokens[1:])]
+
+    half = copy.deepcopy(plain.model).to(torch.bfloat16)
+    exact = {None: logprobs(plain.model), "acme/x": logprobs(Oracle(plain.model, {"t": path}).model("t"))}
+    unmerged = logprobs(PeftModel.from_pretrained(copy.deepcopy(half), path).eval())
+    merged = logprobs(PeftModel.from_pretrained(copy.deepcopy(half), path).merge_and_unload())
+
+    def spread(got, name):
+        return float((got - exact[name]).square().mean().sqrt())
+
+    theirs = max(spread(unmerged, "acme/x"), spread(merged, "acme/x"))
+    kernels = select_kernels(torch.device("cpu"), torch.bfloat16)
+    with Running(prepare_base(half, kernels=kernels), tokenizer, tmp_path) as running:
+        running.merge("acme/x")
+        # Both in one step: no step runs while they are submitted.
+        begun = running.engine.between_steps(lambda: [(name, running.score(tokens, name)) for name in exact])
+        outcomes = begun.result(SOON_S)
+        for name, outcome in outcomes:
+            got = torch.tensor([entry.logprob for entry in outcome.scored.logprobs])
+            assert spread(got, name) <= 1.5 * theirs, name
+        assert max(step.batch_size for step in running.recorder.steps) == 2
