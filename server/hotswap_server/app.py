@@ -25,6 +25,7 @@ from hotswap_server.config import ServeSettings, flag_of
 from hotswap_server.engine.base import BaseModel, load_base
 from hotswap_server.engine.engine import EngineOptions
 from hotswap_server.engine.fairness import FairnessOptions
+from hotswap_server.engine.overload import QueueOptions
 from hotswap_server.engine.service import EngineService
 from hotswap_server.errors import BaseModelError, HotswapError, InvalidRequestError
 from hotswap_server.grpc.server import Bound, GrpcServer, PortInUseError
@@ -178,6 +179,8 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         metrics,
         max_message_bytes=settings.max_message_bytes,
         max_timeout=settings.max_timeout,
+        max_calls=settings.max_calls,
+        max_inflight_bytes=settings.max_inflight_bytes,
         store_timeout=settings.load_deadline,
         security=loaded.security,
         admin=address_of(settings, "admin_port"),
@@ -290,7 +293,11 @@ def _engine_options(settings: ServeSettings) -> EngineOptions:
         page_size=settings.page_size,
         kv_cache_bytes=settings.kv_cache_bytes,
         max_context=settings.max_context,
-        max_queue=settings.max_queue,
+        queue=QueueOptions(
+            max_requests=settings.max_queue,
+            max_tokens=settings.max_queue_tokens,
+            early_refusal=settings.early_refusal,
+        ),
         fairness=FairnessOptions(
             input_token_weight=settings.input_token_weight,
             output_token_weight=settings.output_token_weight,

@@ -130,6 +130,18 @@ class ServeSettings(BaseSettings):
     max_queue: int = Field(
         1024, ge=1, description="Most waiting requests; more are answered RESOURCE_EXHAUSTED."
     )
+    max_queue_tokens: int = Field(
+        1 << 20, ge=1, description="Most tokens of waiting prompts; more are answered RESOURCE_EXHAUSTED."
+    )
+    early_refusal: bool = Field(
+        True, description="Whether to refuse at once what cannot be done before its deadline."
+    )
+    max_calls: int = Field(
+        4096, ge=1, description="Most inference calls at once; more are answered RESOURCE_EXHAUSTED."
+    )
+    max_inflight_bytes: ByteSize = Field(
+        ByteSize(256 << 20), ge=1024, description="Most bytes of requests that are being answered."
+    )
     max_timeout: float = Field(3600.0, gt=0, description="Longest that a call may take, in seconds.")
     max_message_bytes: ByteSize = Field(
         ByteSize(8 << 20), ge=1024, le=2**31 - 1, description="Largest request message in bytes."

@@ -127,7 +127,8 @@ class GenerateRequest:
 
     `resolve_seconds` were spent to find its version in the store; they count as loading.
 
-    Fairness counts the adapter's tenant, and `tenant` where there is no adapter.
+    Fairness counts the adapter's tenant, and `tenant` where there is no adapter. Nobody waits for the answer
+    after `deadline`, on the clock of `time.perf_counter`.
     """
 
     id: str
@@ -136,6 +137,7 @@ class GenerateRequest:
     adapter: AdapterRef | None = None
     resolve_seconds: float = 0.0
     tenant: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,7 @@ class ScoreRequest:
     adapter: AdapterRef | None = None
     resolve_seconds: float = 0.0
     tenant: str = ""
+    deadline: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,9 +92,19 @@ class CapacityError(HotswapError):
 
 
 class OverloadedError(HotswapError):
-    """The queue is full; retry later."""
+    """The server has all it can take; the call may work in `retry_after` seconds."""
 
     reason = "OVERLOADED"
+
+    def __init__(self, message: str, *, retry_after: float = 1.0, **metadata: str) -> None:
+        super().__init__(message, **metadata)
+        self.retry_after = retry_after
+
+
+class DeadlineTooShortError(HotswapError):
+    """The call's deadline comes before the request can be done."""
+
+    reason = "DEADLINE_TOO_SHORT"
 
 
 class UnauthenticatedError(HotswapError):

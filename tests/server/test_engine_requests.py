@@ -12,6 +12,7 @@ from hotswap_server.core import (
     ServingPath,
 )
 from hotswap_server.engine.engine import Engine, EngineOptions
+from hotswap_server.engine.overload import QueueOptions
 from hotswap_server.errors import DrainingError, InvalidRequestError, OverloadedError
 from support.adapters import write_lora
 from support.models import VOCAB_SIZE, generate_greedily, random_prompt
@@ -162,7 +163,9 @@ def test_the_cache_bounds_the_context(llama_base, tokenizer, tmp_path):
 
 
 def test_a_full_queue_refuses(llama_base, tokenizer, tmp_path):
-    with Running(llama_base, tokenizer, tmp_path, max_batch_size=1, max_queue=2) as running:
+    with Running(
+        llama_base, tokenizer, tmp_path, max_batch_size=1, queue=QueueOptions(max_requests=2)
+    ) as running:
         first = running.generate(PROMPT, max_new_tokens=500)
         wait_until(lambda: first.deltas)
         others = [running.generate(PROMPT) for _ in range(2)]

@@ -4,7 +4,7 @@ import pytest
 from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.core import Delta, Finished, GenerateRequest, SamplingParams, ScoreRequest
 from hotswap_server.engine.service import EngineService
-from hotswap_server.errors import DrainingError, InvalidRequestError
+from hotswap_server.errors import DrainingError, InvalidRequestError, OverloadedError
 from support.models import generate_greedily, random_prompt
 
 PROMPT = random_prompt(10, seed=2)
@@ -49,6 +49,18 @@ async def test_leaving_the_iterator_cancels(service):
         break
     await events.aclose()
     await idle(service)
+
+
+async def test_an_answer_that_nobody_reads_is_kept_up_to_a_share_and_then_given_up(service, monkeypatch):
+    monkeypatch.setattr("hotswap_server.engine.service.MAX_UNREAD", 20)
+    monkeypatch.setattr("hotswap_server.engine.service._LEAST_UNREAD", 10)
+    events = service.generate(request(900))
+    await anext(events)
+    await idle(service)
+    with pytest.raises(OverloadedError, match="read it as it comes"):
+        async for _ in events:
+            pass
+    assert [event async for event in service.generate(request(15))], "others go on"
 
 
 async def test_cancelling_the_task_cancels(service):

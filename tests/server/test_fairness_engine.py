@@ -90,12 +90,13 @@ def test_the_light_tenants_first_tokens_come_within_twice_the_steps(llama_base, 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_light_tenants_first_tokens_come_within_twice_the_time(smollm2, tmp_path):
     """Prompts take more than a step: what others add is the rest of theirs, and steps have a limit."""
     cpu = torch.device("cpu")
     base = load_base(smollm2, kernels=select_kernels(cpu, torch.float32), device=cpu, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
-    options = {"steps": 300, "prompt": 96, "max_batch_size": 8, "max_batch_tokens": 32}
+    options = {"steps": 240, "prompt": 64, "max_batch_size": 4, "max_batch_tokens": 32}
     alone = measure(base, tokenizer, tmp_path, with_heavy=False, **options)
     beside = measure(base, tokenizer, tmp_path, with_heavy=True, **options)
     assert p95(beside.first_token_seconds) <= 2 * p95(alone.first_token_seconds)

@@ -26,6 +26,7 @@ from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, StepRecord
+from hotswap_server.engine.overload import Displacement, Doorkeeper, QueueOptions
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.runner import ModelRunner
 from hotswap_server.engine.scheduler import Plan, Scheduler
@@ -36,7 +37,6 @@ from hotswap_server.errors import (
     DrainingError,
     EngineError,
     InvalidRequestError,
-    OverloadedError,
 )
 
 T = TypeVar("T")
@@ -56,7 +56,7 @@ class EngineOptions:
     page_size: int = 16
     kv_cache_bytes: int = 2**30
     max_context: int | None = None
-    max_queue: int = 1024
+    queue: QueueOptions = field(default_factory=QueueOptions)
     fairness: FairnessOptions = field(default_factory=FairnessOptions)
 
 
@@ -119,6 +119,10 @@ class Engine:
             max_context=self.max_context,
             fairness=options.fairness,
         )
+        self._door = Doorkeeper(
+            options.queue, self._scheduler.waiting, max_batch_tokens=options.max_batch_tokens
+        )
+        self._scheduler.too_late = self._door.too_late
         self._builder = BatchBuilder(
             max_tokens=options.max_batch_tokens,
             max_sequences=options.max_batch_size,
@@ -132,7 +136,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._known: set[str] = set()  # ids of the sequences and of those in the inbox
         # New ones, ids to cancel, adapters to leave, things to do.
-        self._inbox: deque[Sequence | str | AdapterRef | Callable[[], None]] = deque()
+        self._inbox: deque[Sequence | str | AdapterRef | Displacement | Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._draining = False
         self._stopping = False
@@ -168,6 +172,7 @@ class Engine:
         Raises:
             InvalidRequestError: see `admit`.
             OverloadedError: the queue is full.
+            DeadlineTooShortError: it cannot be done before its deadline.
             DrainingError: the engine takes no more requests.
         """
         sequence = admit(
@@ -176,11 +181,12 @@ class Engine:
         with self._changed:
             if self._draining:
                 raise DrainingError("the server is shutting down; send the request to another one")
-            if len(self._scheduler.waiting) + len(self._inbox) >= self.options.max_queue:
-                raise OverloadedError(f"{self.options.max_queue} requests are waiting already; retry later")
             if sequence.id in self._known:
                 raise InvalidRequestError("id", f"{sequence.id} is the id of a request that runs already")
+            displacement = self._door.enter(sequence)
             self._known.add(sequence.id)
+            if displacement is not None:
+                self._inbox.append(displacement)
             self._inbox.append(sequence)
             self._changed.notify()
 
@@ -279,6 +285,9 @@ class Engine:
             if isinstance(message, Sequence):
                 self._sequences[message.id] = message
                 self._scheduler.add(message)
+            elif isinstance(message, Displacement):
+                for sequence, error in self._door.displaced(message):
+                    self._collector.fail(sequence, error)
             elif callable(message):
                 message()
             elif isinstance(message, AdapterRef):
@@ -288,6 +297,7 @@ class Engine:
                     )
             elif (gone := self._sequences.get(message)) is not None:
                 self._collector.cancel(gone)
+        self._door.entered()
 
     def _step(self, plan: Plan) -> None:
         started = time.perf_counter()
@@ -310,9 +320,11 @@ class Engine:
         for entry in plan.batch:
             tokens[entry.sequence.request.adapter] += entry.num_new
         stats = self.stats()
+        seconds = time.perf_counter() - started
+        self._door.step(seconds, tokens.total())
         self._observer.step(
             StepRecord(
-                seconds=time.perf_counter() - started,
+                seconds=seconds,
                 num_prefill_tokens=sum(entry.num_new for entry in plan.batch) - decode,
                 num_decode_tokens=decode,
                 batch_size=len(plan.batch),

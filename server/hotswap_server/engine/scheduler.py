@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from hotswap_server.engine.admission import fit_prefix
@@ -72,6 +73,8 @@ class Scheduler:
         self._slots = SlotKeeper(adapters, self.waiting, prefixes)
         self.running: list[Sequence] = []  # the oldest first
         self.num_preemptions = 0
+        self.too_late: Callable[[Sequence], HotswapError | None] = lambda sequence: None
+        """Why there is no use in beginning a request any more."""
 
     def add(self, sequence: Sequence) -> None:
         self._slots.expect(sequence)
@@ -178,6 +181,8 @@ class Scheduler:
             return
         sequence = self.waiting.head(lane)
         try:
+            if (late := self.too_late(sequence)) is not None:
+                raise late
             if sequence.prefix is not None:
                 fit_prefix(sequence, self._max_context)
         except HotswapError as error:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from hotswap_server.adapters.auto_merge import AutoMerge
 from hotswap_server.adapters.manager import AdapterManager
@@ -17,8 +17,12 @@ from hotswap_server.engine.engine import Engine, EngineOptions, EngineStats, del
 from hotswap_server.engine.merge_policy import MergePolicy
 from hotswap_server.engine.observer import EngineObserver, SeveralObservers
 from hotswap_server.engine.sequence import EventSink
+from hotswap_server.errors import OverloadedError
 
 _DRAIN_POLL_S = 0.02
+MAX_UNREAD: Final = 2**18
+"""Events that all streams together keep for callers who do not read them, each an equal share."""
+_LEAST_UNREAD: Final = 256  # of each, however many there are
 
 T = TypeVar("T")
 
@@ -38,6 +42,7 @@ class EngineService:
         merge_observer: MergeObserver | None = None,
     ) -> None:
         self._loop = asyncio.get_running_loop()
+        self._num_streams = 0
         merging = merging or MergeOptions()
         self.merges = Merges(
             adapters,
@@ -88,17 +93,32 @@ class EngineService:
             HotswapError: what `Engine.submit` raises, or what ended the request.
         """
         events: asyncio.Queue[Event] = asyncio.Queue()
-        self._engine.submit(request, events.put_nowait)
+        unread = asyncio.Event()
+
+        def keep(event: Event) -> None:
+            if events.qsize() <= max(MAX_UNREAD // self._num_streams, _LEAST_UNREAD):
+                events.put_nowait(event)
+            elif not unread.is_set():
+                unread.set()
+                self._engine.cancel(request.id)
+
+        self._num_streams += 1
         ended = False
         try:
+            self._engine.submit(request, keep)
             while not ended:
                 event = await events.get()
+                if unread.is_set():
+                    raise OverloadedError(
+                        "the answer is made much faster than it is read; read it as it comes"
+                    )
                 ended = not isinstance(event, Delta)
                 if isinstance(event, Failed):
                     raise event.error
                 if isinstance(event, Delta | Finished):
                     yield event
         finally:
+            self._num_streams -= 1
             if not ended:
                 self._engine.cancel(request.id)
 

@@ -31,6 +31,7 @@ class Lane:
     state: LaneState = LaneState.OPEN
     entries: list[tuple[int, Sequence]] = field(default_factory=list)  # a heap; those that left are in it too
     size: int = 0
+    num_tokens: int = 0  # of the prompts in it
     without_adapter: float = 0.0  # seconds
     without_adapter_since: float | None = None
     queued_as: tuple[float, int] | None = None  # its key in the heap that it is in
@@ -44,6 +45,7 @@ class Tenant:
     lanes: dict[AdapterRef | None, Lane] = field(default_factory=dict)
     open: list[tuple[int, int, Lane]] = field(default_factory=list)  # a heap, by the first request's order
     num_waiting: int = 0
+    waiting_tokens: int = 0  # of the prompts that wait
     num_running: int = 0
 
 
@@ -63,6 +65,8 @@ class WaitingQueue:
         self.tenants: dict[str, Tenant] = {}
         self.num_tokens = 0
         """Tokens of the prompts that wait."""
+        self.num_started = 0
+        """Requests that have begun since the start."""
         self._lanes: dict[Sequence, Lane] = {}
         self._slot_waiters: dict[str, list[tuple[float, int, int, Lane]]] = {}
         self._orders = itertools.count(1)
@@ -95,6 +99,7 @@ class WaitingQueue:
             # Once: what is computed again after a preemption is nothing that the tenant has got.
             sequence.charged = True
             self.counter.charge(lane.tenant.account, input_tokens=sequence.num_prompt_tokens)
+            self.num_started += 1
         self._refresh(lane.tenant)
         return self._time_without_adapter(lane) - sequence.lane_time
 
@@ -125,6 +130,11 @@ class WaitingQueue:
     def sequences(self, lane: Lane) -> list[Sequence]:
         """All requests of a lane, the oldest first."""
         return [sequence for _, sequence in sorted(lane.entries) if sequence in self._lanes]
+
+    def latest(self, tenant: Tenant) -> list[Sequence]:
+        """What waits of a tenant and has never run, the latest first."""
+        waiting = [s for lane in tenant.lanes.values() for s in self.sequences(lane) if not s.charged]
+        return sorted(waiting, key=lambda sequence: -sequence.order)
 
     def key(self, lane: Lane) -> tuple[float, int]:
         """Lanes with smaller keys come first."""
@@ -173,7 +183,9 @@ class WaitingQueue:
         heapq.heappush(lane.entries, (sequence.order, sequence))
         self._lanes[sequence] = lane
         lane.size += 1
+        lane.num_tokens += sequence.num_prompt_tokens
         tenant.num_waiting += 1
+        tenant.waiting_tokens += sequence.num_prompt_tokens
         self.num_tokens += sequence.num_prompt_tokens
         sequence.lane_time = self._time_without_adapter(lane)
         if sequence.slot is not None:
@@ -185,7 +197,9 @@ class WaitingQueue:
         lane = self._lanes.pop(sequence)
         tenant = lane.tenant
         lane.size -= 1
+        lane.num_tokens -= sequence.num_prompt_tokens
         tenant.num_waiting -= 1
+        tenant.waiting_tokens -= sequence.num_prompt_tokens
         self.num_tokens -= sequence.num_prompt_tokens
         if lane.size == 0:
             self._change(lane, LaneState.OPEN)

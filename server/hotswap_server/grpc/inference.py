@@ -44,7 +44,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: Any
     ) -> inference_pb2.GenerateResponse:
-        prepared = await self._prepare(request)
+        prepared = await self._prepare(request, context)
         deltas: list[Delta] = []
         async with aclosing(self._events(prepared)) as events:
             async for event in events:
@@ -59,7 +59,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest, context: Any
     ) -> AsyncIterator[inference_pb2.GenerateStreamResponse]:
-        prepared = await self._prepare(request)
+        prepared = await self._prepare(request, context)
         async with aclosing(self._events(prepared)) as events:
             async for event in events:
                 if isinstance(event, Delta):
@@ -98,6 +98,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 adapter=adapter,
                 resolve_seconds=seconds,
                 tenant=current_call().principal.name,
+                deadline=_deadline(context),
             )
         )
         current_call().facts |= {"path": result.path.value, "prompt_tokens": result.num_prompt_tokens}
@@ -110,7 +111,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         ids = await self._encoder.encode("input", request.input)
         return inference_pb2.TokenizeResponse(token_ids=ids, count=len(ids))
 
-    async def _prepare(self, request: AnyGenerateRequest) -> GenerateRequest:
+    async def _prepare(self, request: AnyGenerateRequest, context: Any) -> GenerateRequest:
         reference = _referred(request)
         sampling = convert.sampling_params(request.sampling, self._encoder.vocab_size)
         prompt = await self._encoder.encode("input", request.input)
@@ -123,6 +124,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             adapter,
             resolve_seconds=seconds,
             tenant=current_call().principal.name,
+            deadline=_deadline(context),
         )
 
     async def _resolve(self, reference: AdapterReference | None, key: str) -> tuple[AdapterRef | None, float]:
@@ -155,6 +157,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                         "generated_tokens": event.num_generated_tokens,
                     }
                 yield event
+
+
+def _deadline(context: Any) -> float | None:
+    """When the caller stops waiting, on the clock of `time.perf_counter`."""
+    remaining = context.time_remaining()
+    return None if remaining is None else time.perf_counter() + float(remaining)
 
 
 def _referred(request: AnyGenerateRequest | inference_pb2.ScoreRequest) -> AdapterReference | None:

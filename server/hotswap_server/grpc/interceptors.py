@@ -6,21 +6,26 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 import grpc
 import structlog
+from hotswap.v1 import inference_pb2
 
+from hotswap_server.errors import OverloadedError
 from hotswap_server.grpc.status import TimeLimitError, status_of
 from hotswap_server.metrics import UNKNOWN, Metrics
 from hotswap_server.security.principals import ANYBODY, Principal
 
 API_PREFIX: Final = "/hotswap.v1."
 REQUEST_ID_KEY: Final = "x-request-id"
+_INFERENCE: Final = frozenset(
+    method.name for method in inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].methods
+)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}", re.ASCII)
 
 logger = structlog.stdlib.get_logger(__name__)
@@ -47,12 +52,51 @@ def current_call() -> CallInfo:
     return _current.get()
 
 
+class CallLoad:
+    """Inference calls that are being answered, and the bytes of their requests, with limits to both.
+
+    Calls to the adapters' service are few and are let in, so that an operator can act under load.
+    """
+
+    def __init__(self, max_calls: int, max_bytes: int) -> None:
+        self._max_calls = max_calls
+        self._max_bytes = max_bytes
+        self._num_calls = 0
+        self._num_bytes = 0
+
+    @contextmanager
+    def taken(self, rpc: str, num_bytes: int) -> Iterator[None]:
+        """Count a call for the time of the block.
+
+        Raises:
+            OverloadedError: there are too many, or their requests are too large together.
+        """
+        if rpc not in _INFERENCE:
+            yield
+            return
+        if self._num_calls >= self._max_calls:
+            raise OverloadedError(f"{self._max_calls} calls are being answered already; retry later")
+        if self._num_calls and self._num_bytes + num_bytes > self._max_bytes:
+            raise OverloadedError(
+                f"the requests that are being answered take {self._num_bytes} bytes, with this one more than "
+                f"the {self._max_bytes} that this server allows; retry later"
+            )
+        self._num_calls += 1
+        self._num_bytes += num_bytes
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+            self._num_bytes -= num_bytes
+
+
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of the API; those of health and reflection stay as they are."""
 
-    def __init__(self, metrics: Metrics, *, max_seconds: float) -> None:
+    def __init__(self, metrics: Metrics, *, max_seconds: float, max_calls: int, max_bytes: int) -> None:
         self._metrics = metrics
         self._max_seconds = max_seconds
+        self._load = CallLoad(max_calls, max_bytes)
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -79,7 +123,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             # A coroutine that writes by itself, so that the time limit also ends a write nobody reads.
             async def stream(request: Any, context: Any) -> None:
                 async with (
-                    self._call(rpc, context),
+                    self._call(rpc, context, request),
                     aclosing(handler.unary_stream(request, context)) as messages,
                 ):
                     async for message in messages:
@@ -88,13 +132,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return grpc.unary_stream_rpc_method_handler(stream, **serializers)
 
         async def unary(request: Any, context: Any) -> Any:
-            async with self._call(rpc, context):
+            async with self._call(rpc, context, request):
                 return await handler.unary_unary(request, context)
 
         return grpc.unary_unary_rpc_method_handler(unary, **serializers)
 
     @asynccontextmanager
-    async def _call(self, rpc: str, context: Any) -> AsyncIterator[None]:
+    async def _call(self, rpc: str, context: Any, data: bytes) -> AsyncIterator[None]:
         call = CallInfo(rpc, _request_id(context))
         _current.set(call)
         started = time.monotonic()
@@ -105,7 +149,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             with structlog.contextvars.bound_contextvars(request_id=call.request_id):
                 try:
                     async with asyncio.timeout(self._max_seconds) as limit:
-                        yield
+                        with self._load.taken(rpc, len(data)):
+                            yield
                 except asyncio.CancelledError:
                     code = _code_of_cancellation(context)
                     raise

@@ -76,6 +76,8 @@ class GrpcServer:
         *,
         max_message_bytes: int,
         max_timeout: float,
+        max_calls: int = 4096,
+        max_inflight_bytes: int = 256 << 20,
         store_timeout: float,
         security: Security | None = None,
         admin: Address | None = None,
@@ -86,7 +88,9 @@ class GrpcServer:
         self._security = security or Security(Access())
         self._encoder = InputEncoder(engine.tokenizer, engine.base.vocab_size)
         self._store = StoreCalls(store_timeout)
-        self._calls = CallInterceptor(metrics, max_seconds=max_timeout)
+        self._calls = CallInterceptor(
+            metrics, max_seconds=max_timeout, max_calls=max_calls, max_bytes=max_inflight_bytes
+        )
         self._guard = AccessInterceptor(self._security.access)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._max_message_bytes = max_message_bytes

@@ -20,6 +20,7 @@ from hotswap_server.errors import (
     AdapterUnloadedError,
     BaseModelError,
     CapacityError,
+    DeadlineTooShortError,
     DrainingError,
     EngineError,
     HotswapError,
@@ -36,7 +37,7 @@ from hotswap_server.errors import (
 
 DOMAIN: Final = "hotswap"
 RETRY_SECONDS: Final = 1
-"""What RetryInfo suggests to a caller that met a full queue."""
+"""What RetryInfo suggests where nothing better is known."""
 
 # A status travels in headers, which callers accept up to 8 KiB, and the message travels twice.
 _MAX_MESSAGE_BYTES = 1024
@@ -67,6 +68,7 @@ _CODES: Final[tuple[tuple[type[HotswapError], grpc.StatusCode], ...]] = (
     (RateLimitedError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (UnauthenticatedError, grpc.StatusCode.UNAUTHENTICATED),
     (PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
+    (DeadlineTooShortError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (TimeLimitError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (EngineError, grpc.StatusCode.INTERNAL),
     (BaseModelError, grpc.StatusCode.INTERNAL),
@@ -96,9 +98,9 @@ def status_of(error: BaseException) -> RichStatus:
             field=error.field, description=message.removeprefix(f"{error.field}: ")
         )
         details.append(error_details_pb2.BadRequest(field_violations=[violation]))
-    if error.transient or isinstance(error, OverloadedError | DrainingError):
+    if error.transient or isinstance(error, DrainingError):
         details.append(error_details_pb2.RetryInfo(retry_delay=Duration(seconds=RETRY_SECONDS)))
-    if isinstance(error, RateLimitedError):
+    if isinstance(error, OverloadedError | RateLimitedError):
         delay = Duration()
         delay.FromMilliseconds(math.ceil(error.retry_after * 1000))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))

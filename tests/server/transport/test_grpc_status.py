@@ -32,6 +32,7 @@ def text(prompt: str = "hi") -> common_pb2.Input:
         (errors.StoreDeniedError("no"), Code.FAILED_PRECONDITION, "STORE_DENIED", False),
         (errors.CapacityError("no"), Code.RESOURCE_EXHAUSTED, "CAPACITY_EXCEEDED", False),
         (errors.OverloadedError("no"), Code.RESOURCE_EXHAUSTED, "OVERLOADED", True),
+        (errors.DeadlineTooShortError("no"), Code.DEADLINE_EXCEEDED, "DEADLINE_TOO_SHORT", False),
         (errors.DrainingError("no"), Code.UNAVAILABLE, "DRAINING", True),
         (errors.EngineError("no"), Code.INTERNAL, "ENGINE_FAILED", False),
     ],
