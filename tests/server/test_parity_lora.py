@@ -1,5 +1,6 @@
 """LoRA against PEFT on a tiny Llama: each variant alone, and crowds under pressure."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from support.models import explain, random_prompt
 from support.running import Outcome, Running
 
 NEW_TOKENS = 24
+NUM_LATE = 5
 PROMPT_LENGTHS = (1, 500, 3, 64, 17, 250, 16, 2, 120, 33, 9, 77, 5, 400, 48, 30)
 SAMPLED = (
     {"temperature": 1.0},
@@ -66,11 +68,20 @@ def test_every_variant_alone(llama_base, tokenizer, oracle, adapters):
 
 
 def crowd(names: list[str]) -> list[tuple[str | None, tuple[int, ...]]]:
-    """16 requests over eight adapters and the base; who comes first comes again when others took its slot."""
+    """Requests over eight adapters and the base; who comes first comes again when others took its slot."""
     users = [None, *names]
-    return [
+    requests = [
         (users[index * 2 % len(users)], random_prompt(length, seed=index))
         for index, length in enumerate(PROMPT_LENGTHS)
+    ]
+    return [*requests, *requests[:NUM_LATE]]
+
+
+def arrive(running: Running, starts: list[Callable[[], Outcome]]) -> list[Outcome]:
+    """A crowd: the last ones start when those before have ended, which is when slots have changed hands."""
+    return [
+        *running.arrive(starts[:-NUM_LATE], every=1),
+        *running.arrive(starts[-NUM_LATE:], every=1),
     ]
 
 
@@ -89,9 +100,9 @@ def test_a_crowd_gets_the_same_tokens(first, llama_base, tokenizer, oracle, adap
     requests = crowd(names[first : first + 8])
     assert {user for user, _ in requests} == {None, *names[first : first + 8]}
     with Running(llama_base, tokenizer, store, **PRESSURE) as running:
-        outcomes = running.arrive(
+        outcomes = arrive(
+            running,
             [partial(running.generate, prompt, user, max_new_tokens=NEW_TOKENS) for user, prompt in requests],
-            every=1,
         )
         assert_pressure(running)
     for (user, _), outcome in zip(requests, outcomes, strict=True):
@@ -109,9 +120,9 @@ def test_seeded_samples_do_not_depend_on_the_crowd(llama_base, tokenizer, adapte
         for user, prompt, sampling in requests:
             alone.append(running.generate(prompt, user, **sampling).result().tokens)
     with Running(llama_base, tokenizer, store, **PRESSURE) as running:
-        outcomes = running.arrive(
+        outcomes = arrive(
+            running,
             [partial(running.generate, prompt, user, **sampling) for user, prompt, sampling in requests],
-            every=1,
         )
         assert_pressure(running)
     for (user, _, sampling), expected, outcome in zip(requests, alone, outcomes, strict=True):
