@@ -10,12 +10,20 @@ import grpc
 from grpc import aio
 
 from hotswap_client import _calls, _errors, _parsing
-from hotswap_client._calls import AdapterOptions, GenerateOptions, ListOptions, ScoreOptions, TokenizeOptions
+from hotswap_client._calls import (
+    AdapterOptions,
+    CalibrateOptions,
+    GenerateOptions,
+    ListOptions,
+    ScoreOptions,
+    TokenizeOptions,
+)
 from hotswap_client._results import (
     Adapter,
     AdapterTransition,
     GenerateResult,
     InUsePolicy,
+    MethodCost,
     Residency,
     ScoreResult,
     StreamDelta,
@@ -191,3 +199,7 @@ class AsyncAdapters:
     async def unmerge(self, name: str, **options: Unpack[AdapterOptions]) -> AdapterTransition:
         """Restore the base weights."""
         return await self._client._run(_calls.unmerge(name, **options))
+
+    async def calibrate(self, **options: Unpack[CalibrateOptions]) -> tuple[MethodCost, ...]:
+        """Measure what each method costs on the live model; takes seconds. See `CalibrateOptions`."""
+        return await self._client._run(_calls.calibrate(**options))

@@ -17,6 +17,7 @@ from hotswap_client._results import (
     AdapterTransition,
     GenerateResult,
     InUsePolicy,
+    MethodCost,
     Residency,
     ScoreResult,
     StreamDelta,
@@ -113,6 +114,12 @@ class AdapterOptions(TimeoutOption, total=False):
     """`version` 1 or more; absent as the call's documentation says."""
 
     version: int | None
+
+
+class CalibrateOptions(TimeoutOption, total=False):
+    """`only_resident` leaves out methods that have no adapter on the device, instead of making some up."""
+
+    only_resident: bool
 
 
 class ListOptions(TimeoutOption, total=False):
@@ -258,6 +265,19 @@ def unmerge(
 ) -> Call[AdapterTransition]:
     request = _set(adapters_pb2.UnmergeAdapterRequest(), "", name=name, version=version)
     return _admin("Unmerge", request, adapters_pb2.UnmergeAdapterResponse, _parsing.unmerged, timeout)
+
+
+def calibrate(
+    *, only_resident: bool = False, timeout: Timeout = Default.CLIENT
+) -> Call[tuple[MethodCost, ...]]:
+    return Call(
+        "/hotswap.v1.AdapterService/CalibrateMethods",
+        adapters_pb2.CalibrateMethodsRequest(only_resident=only_resident),
+        adapters_pb2.CalibrateMethodsResponse,
+        _parsing.method_costs,
+        "",
+        timeout,
+    )
 
 
 def _inference(

@@ -13,6 +13,7 @@ from hotswap_client._results import (
     AdapterTransition,
     FinishReason,
     GenerateResult,
+    MethodCost,
     Residency,
     ScoreResult,
     ServingPath,
@@ -141,6 +142,21 @@ def unmerged(message: adapters_pb2.UnmergeAdapterResponse) -> AdapterTransition:
 
 def unloaded(message: adapters_pb2.UnloadAdapterResponse) -> UnloadResult:
     return UnloadResult(tuple(map(adapter, message.adapters)), message.cancelled_requests)
+
+
+def method_costs(message: adapters_pb2.CalibrateMethodsResponse) -> tuple[MethodCost, ...]:
+    return tuple(
+        MethodCost(
+            method=cost.method,
+            path=_PATHS.get(cost.path, ServingPath.UNKNOWN),
+            batch_size=cost.batch_size,
+            overhead_ratio=cost.overhead_ratio,
+            step_seconds=cost.step_seconds,
+            adapters=cost.adapters,
+            made_up=cost.made_up,
+        )
+        for cost in message.costs
+    )
 
 
 def _completion(

@@ -152,6 +152,23 @@ class AdapterTransition:
 
 
 @dataclass(frozen=True, slots=True)
+class MethodCost:
+    """A decode step of one method alone: `overhead_ratio` is its time in that of the base, 1 costing nothing.
+
+    `method` is `none` for the base; `adapters` counts the distinct ones in the step, which were `made_up`
+    where none was on the device.
+    """
+
+    method: str
+    path: ServingPath
+    batch_size: int
+    overhead_ratio: float
+    step_seconds: float
+    adapters: int
+    made_up: bool
+
+
+@dataclass(frozen=True, slots=True)
 class UnloadResult:
     """The versions that left memory, and how many requests were cancelled for it."""
 

@@ -9,12 +9,20 @@ from typing import Any, Self, TypeVar, Unpack
 import grpc
 
 from hotswap_client import _calls, _errors, _parsing
-from hotswap_client._calls import AdapterOptions, GenerateOptions, ListOptions, ScoreOptions, TokenizeOptions
+from hotswap_client._calls import (
+    AdapterOptions,
+    CalibrateOptions,
+    GenerateOptions,
+    ListOptions,
+    ScoreOptions,
+    TokenizeOptions,
+)
 from hotswap_client._results import (
     Adapter,
     AdapterTransition,
     GenerateResult,
     InUsePolicy,
+    MethodCost,
     Residency,
     ScoreResult,
     StreamDelta,
@@ -194,3 +202,7 @@ class Adapters:
     def unmerge(self, name: str, **options: Unpack[AdapterOptions]) -> AdapterTransition:
         """Restore the base weights."""
         return self._client._run(_calls.unmerge(name, **options))
+
+    def calibrate(self, **options: Unpack[CalibrateOptions]) -> tuple[MethodCost, ...]:
+        """Measure what each method costs on the live model; takes seconds. See `CalibrateOptions`."""
+        return self._client._run(_calls.calibrate(**options))

@@ -161,6 +161,8 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
             observer=metrics,
             merging=MergeOptions(settings.merge_policy, settings.merge_share, settings.merge_window),
             merge_observer=metrics,
+            calibration_observer=metrics.calibrated,
+            calibrate_interval=settings.calibrate_interval,
         )
     except InvalidRequestError as error:
         loaded.adapters.close()
@@ -195,6 +197,8 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         await asyncio.to_thread(
             preload, loaded.adapters, pinned=settings.pin or (), names=settings.preload or ()
         )
+        if settings.calibrate:
+            await asyncio.wrap_future(engine.calibrator.calibrate())
         bound = await server.start(settings.host, settings.port)
         with _StopSignals(stop) as signals:
             described = _describe(loaded, engine, bound)

@@ -127,6 +127,13 @@ class ServeSettings(BaseSettings):
     )
     tenant_metrics: bool = Field(False, description="Whether metrics tell the load of each tenant.")
 
+    calibrate: bool = Field(
+        False, description="Whether to measure what each method costs before the server is ready."
+    )
+    calibrate_interval: float = Field(
+        3600.0, ge=0, description="While idle, measure that again after this many seconds; 0 never does."
+    )
+
     max_queue: int = Field(
         1024, ge=1, description="Most waiting requests; more are answered RESOURCE_EXHAUSTED."
     )
@@ -197,7 +204,9 @@ class ServeSettings(BaseSettings):
             AdapterReference.parse(str(name))
         return names
 
-    @field_validator("store_refresh", "load_deadline", "merge_window", "max_timeout", "drain_timeout")
+    @field_validator(
+        "store_refresh", "load_deadline", "merge_window", "max_timeout", "drain_timeout", "calibrate_interval"
+    )
     @classmethod
     def _finite(cls, value: float) -> float:
         if not math.isfinite(value):

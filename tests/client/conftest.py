@@ -100,6 +100,27 @@ REPLIES: dict[str, Callable[[Any], Any]] = {
     "UnpinAdapter": lambda _: adapters_pb2.UnpinAdapterResponse(adapters=[ADAPTER]),
     "MergeAdapter": lambda _: adapters_pb2.MergeAdapterResponse(adapter=ADAPTER, merge_seconds=0.5),
     "UnmergeAdapter": lambda _: adapters_pb2.UnmergeAdapterResponse(adapter=ADAPTER, unmerge_seconds=0.75),
+    "CalibrateMethods": lambda _: adapters_pb2.CalibrateMethodsResponse(
+        costs=[
+            adapters_pb2.MethodCost(
+                method="none",
+                path=common_pb2.SERVING_PATH_BASE,
+                batch_size=8,
+                overhead_ratio=1,
+                step_seconds=0.01,
+            ),
+            adapters_pb2.MethodCost(
+                method="lora",
+                path=common_pb2.SERVING_PATH_BATCHED,
+                batch_size=8,
+                overhead_ratio=1.25,
+                step_seconds=0.0125,
+                adapters=4,
+                made_up=True,
+            ),
+        ],
+        calibration_seconds=2,
+    ),
 }
 
 
@@ -130,7 +151,7 @@ def fake() -> Iterator[FakeServer]:
 
     inference = {name: unary(name) for name in ("Generate", "Score", "Tokenize")}
     inference["GenerateStream"] = lambda self, request, context: _stream(fake, request, context)
-    admin = {name: unary(name) for name in REPLIES if "Adapter" in name}
+    admin = {name: unary(name) for name in REPLIES if "Adapter" in name or name == "CalibrateMethods"}
     server = grpc.server(futures.ThreadPoolExecutor(4))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(
         type("Inference", (inference_pb2_grpc.InferenceServiceServicer,), inference)(), server

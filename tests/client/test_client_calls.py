@@ -16,6 +16,7 @@ from hotswap_client import (
     Client,
     FinishReason,
     InvalidCall,
+    MethodCost,
     Residency,
     ServingPath,
     TokenLogprob,
@@ -173,6 +174,14 @@ def test_admin_calls(fake, run, verb, request_type, seconds):
     assert fake.requests == [request_type(name="acme/support", version=3)]
     assert (result if seconds is None else result.adapter).name == "acme/support"
     assert seconds is None or result.seconds == seconds
+
+
+@both
+def test_methods_are_measured(fake, run):
+    base, lora = run(fake.target, lambda client: client.adapters.calibrate(only_resident=True))
+    assert fake.requests == [adapters_pb2.CalibrateMethodsRequest(only_resident=True)]
+    assert (base.method, base.path, base.overhead_ratio) == ("none", ServingPath.BASE, 1)
+    assert lora == MethodCost("lora", ServingPath.BATCHED, 8, 1.25, 0.0125, 4, True)
 
 
 @both

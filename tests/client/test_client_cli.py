@@ -109,6 +109,9 @@ def test_adapters_list(hotswap):
         (["unpin", "acme/support"], "acme/support@3 is no longer pinned"),
         (["merge", "acme/support"], "acme/support@3 is merged (0.500 s)"),
         (["unmerge", "acme/support"], "acme/support@3 is no longer merged (0.750 s)"),
+        (["calibrate"], "4 made up"),
+        (["calibrate"], "1.25"),
+        (["calibrate", "--json"], '"overhead_ratio": 1.25'),
         (["show", "acme/support", "--version", "3"], '"num_parameters": 1000'),
     ],
 )

@@ -10,6 +10,7 @@ from hotswap_server.adapters.residency import (
     SlotStats,
 )
 from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings
+from hotswap_server.engine.calibration import Calibration, MethodCost
 from hotswap_server.engine.observer import RequestRecord, StepRecord
 from hotswap_server.errors import StoreUnavailableError
 from hotswap_server.metrics import Metrics
@@ -54,6 +55,8 @@ def exercised() -> Metrics:
     metrics.failed(REF, StoreUnavailableError("away"))
     metrics.merged(REF, 0.1)
     metrics.unmerged(REF)
+    cost = MethodCost("lora", ServingPath.BATCHED, 8, 1.25, 0.01, 8, False)
+    metrics.calibrated(Calibration((cost,), 0.5))
     return metrics
 
 

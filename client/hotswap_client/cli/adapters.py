@@ -137,6 +137,38 @@ def unmerge(
     typer.echo(f"{_label(moved.adapter)} is no longer merged ({moved.seconds:.3f} s)")
 
 
+@app.command()
+@with_client
+def calibrate(
+    client: Client,
+    only_resident: Annotated[
+        bool, typer.Option("--only-resident", help="Make up no adapters for methods that have none.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Measure what each adapter method costs, in steps of it alone beside the base's."""
+    costs = client.adapters.calibrate(only_resident=only_resident)
+    if as_json:
+        print_json(costs)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("method", "path", "adapters")
+    for heading in ("batch", "ms/step", "of the base's"):
+        table.add_column(heading, justify="right")
+    for cost in costs:
+        table.add_row(
+            "base" if cost.method == "none" else cost.method,
+            str(cost.path),
+            f"{cost.adapters} made up" if cost.made_up else str(cost.adapters or ""),
+            str(cost.batch_size),
+            f"{cost.step_seconds * 1e3:.2f}",
+            f"{cost.overhead_ratio:.2f}",
+        )
+    Console().print(table)
+
+
 def _label(adapter: Adapter) -> str:
     return f"{adapter.name}@{adapter.version}"
 

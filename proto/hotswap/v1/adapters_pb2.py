@@ -22,9 +22,10 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from hotswap.v1 import common_pb2 as hotswap_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hotswap/v1/adapters.proto\x12\nhotswap.v1\"\xda\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x06 \x01(\x03\x12<\n\rmethod_config\x18\x07 \x03(\x0b\x32%.hotswap.v1.Adapter.MethodConfigEntry\x12(\n\tresidency\x18\x08 \x01(\x0e\x32\x15.hotswap.v1.Residency\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x0e\n\x06merged\x18\n \x01(\x08\x12\x18\n\x10running_requests\x18\x0b \x01(\x05\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x1a\x33\n\x11MethodConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"z\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bname_prefix\x18\x03 \x01(\t\x12\x14\n\x0c\x61ll_versions\x18\x04 \x01(\x08\x42\x0c\n\n_page_size\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.hotswap.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\"n\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12(\n\tresidency\x18\x03 \x01(\x0e\x32\x15.hotswap.v1.ResidencyB\n\n\x08_version\"Q\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\"o\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\'\n\x06in_use\x18\x03 \x01(\x0e\x32\x17.hotswap.v1.InUsePolicyB\n\n\x08_version\"Z\n\x15UnloadAdapterResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.hotswap.v1.Adapter\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x02 \x01(\x05\"C\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\"E\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"=\n\x14UnpinAdapterResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.hotswap.v1.Adapter\"E\n\x13MergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"S\n\x14MergeAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\x12\x15\n\rmerge_seconds\x18\x02 \x01(\x01\"G\n\x15UnmergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"W\n\x16UnmergeAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\x12\x17\n\x0funmerge_seconds\x18\x02 \x01(\x01*e\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESIDENCY_STORE\x10\x01\x12\x12\n\x0eRESIDENCY_HOST\x10\x02\x12\x14\n\x10RESIDENCY_DEVICE\x10\x03*x\n\x0bInUsePolicy\x12\x1d\n\x19IN_USE_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14IN_USE_POLICY_REFUSE\x10\x01\x12\x16\n\x12IN_USE_POLICY_WAIT\x10\x02\x12\x18\n\x14IN_USE_POLICY_CANCEL\x10\x03\x32\xa2\x05\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.hotswap.v1.ListAdaptersRequest\x1a .hotswap.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.hotswap.v1.GetAdapterRequest\x1a\x1e.hotswap.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.hotswap.v1.LoadAdapterRequest\x1a\x1f.hotswap.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .hotswap.v1.UnloadAdapterRequest\x1a!.hotswap.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.hotswap.v1.PinAdapterRequest\x1a\x1e.hotswap.v1.PinAdapterResponse\x12Q\n\x0cUnpinAdapter\x12\x1f.hotswap.v1.UnpinAdapterRequest\x1a .hotswap.v1.UnpinAdapterResponse\x12Q\n\x0cMergeAdapter\x12\x1f.hotswap.v1.MergeAdapterRequest\x1a .hotswap.v1.MergeAdapterResponse\x12W\n\x0eUnmergeAdapter\x12!.hotswap.v1.UnmergeAdapterRequest\x1a\".hotswap.v1.UnmergeAdapterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19hotswap/v1/adapters.proto\x12\nhotswap.v1\x1a\x17hotswap/v1/common.proto\"\xda\x02\n\x07\x41\x64\x61pter\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x0e\n\x06method\x18\x04 \x01(\t\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x16\n\x0enum_parameters\x18\x06 \x01(\x03\x12<\n\rmethod_config\x18\x07 \x03(\x0b\x32%.hotswap.v1.Adapter.MethodConfigEntry\x12(\n\tresidency\x18\x08 \x01(\x0e\x32\x15.hotswap.v1.Residency\x12\x0e\n\x06pinned\x18\t \x01(\x08\x12\x0e\n\x06merged\x18\n \x01(\x08\x12\x18\n\x10running_requests\x18\x0b \x01(\x05\x12\r\n\x05\x65rror\x18\x0c \x01(\t\x1a\x33\n\x11MethodConfigEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"z\n\x13ListAdaptersRequest\x12\x16\n\tpage_size\x18\x01 \x01(\x05H\x00\x88\x01\x01\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\x13\n\x0bname_prefix\x18\x03 \x01(\t\x12\x14\n\x0c\x61ll_versions\x18\x04 \x01(\x08\x42\x0c\n\n_page_size\"V\n\x14ListAdaptersResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.hotswap.v1.Adapter\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"C\n\x11GetAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\":\n\x12GetAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\"n\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12(\n\tresidency\x18\x03 \x01(\x0e\x32\x15.hotswap.v1.ResidencyB\n\n\x08_version\"Q\n\x13LoadAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\x12\x14\n\x0cload_seconds\x18\x02 \x01(\x01\"o\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x12\'\n\x06in_use\x18\x03 \x01(\x0e\x32\x17.hotswap.v1.InUsePolicyB\n\n\x08_version\"Z\n\x15UnloadAdapterResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.hotswap.v1.Adapter\x12\x1a\n\x12\x63\x61ncelled_requests\x18\x02 \x01(\x05\"C\n\x11PinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\":\n\x12PinAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\"E\n\x13UnpinAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"=\n\x14UnpinAdapterResponse\x12%\n\x08\x61\x64\x61pters\x18\x01 \x03(\x0b\x32\x13.hotswap.v1.Adapter\"E\n\x13MergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"S\n\x14MergeAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\x12\x15\n\rmerge_seconds\x18\x02 \x01(\x01\"G\n\x15UnmergeAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x14\n\x07version\x18\x02 \x01(\x03H\x00\x88\x01\x01\x42\n\n\x08_version\"W\n\x16UnmergeAdapterResponse\x12$\n\x07\x61\x64\x61pter\x18\x01 \x01(\x0b\x32\x13.hotswap.v1.Adapter\x12\x17\n\x0funmerge_seconds\x18\x02 \x01(\x01\"0\n\x17\x43\x61librateMethodsRequest\x12\x15\n\ronly_resident\x18\x01 \x01(\x08\"\xa8\x01\n\nMethodCost\x12\x0e\n\x06method\x18\x01 \x01(\t\x12%\n\x04path\x18\x02 \x01(\x0e\x32\x17.hotswap.v1.ServingPath\x12\x12\n\nbatch_size\x18\x03 \x01(\x05\x12\x16\n\x0eoverhead_ratio\x18\x04 \x01(\x01\x12\x14\n\x0cstep_seconds\x18\x05 \x01(\x01\x12\x10\n\x08\x61\x64\x61pters\x18\x06 \x01(\x05\x12\x0f\n\x07made_up\x18\x07 \x01(\x08\"^\n\x18\x43\x61librateMethodsResponse\x12%\n\x05\x63osts\x18\x01 \x03(\x0b\x32\x16.hotswap.v1.MethodCost\x12\x1b\n\x13\x63\x61libration_seconds\x18\x02 \x01(\x01*e\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x13\n\x0fRESIDENCY_STORE\x10\x01\x12\x12\n\x0eRESIDENCY_HOST\x10\x02\x12\x14\n\x10RESIDENCY_DEVICE\x10\x03*x\n\x0bInUsePolicy\x12\x1d\n\x19IN_USE_POLICY_UNSPECIFIED\x10\x00\x12\x18\n\x14IN_USE_POLICY_REFUSE\x10\x01\x12\x16\n\x12IN_USE_POLICY_WAIT\x10\x02\x12\x18\n\x14IN_USE_POLICY_CANCEL\x10\x03\x32\x81\x06\n\x0e\x41\x64\x61pterService\x12Q\n\x0cListAdapters\x12\x1f.hotswap.v1.ListAdaptersRequest\x1a .hotswap.v1.ListAdaptersResponse\x12K\n\nGetAdapter\x12\x1d.hotswap.v1.GetAdapterRequest\x1a\x1e.hotswap.v1.GetAdapterResponse\x12N\n\x0bLoadAdapter\x12\x1e.hotswap.v1.LoadAdapterRequest\x1a\x1f.hotswap.v1.LoadAdapterResponse\x12T\n\rUnloadAdapter\x12 .hotswap.v1.UnloadAdapterRequest\x1a!.hotswap.v1.UnloadAdapterResponse\x12K\n\nPinAdapter\x12\x1d.hotswap.v1.PinAdapterRequest\x1a\x1e.hotswap.v1.PinAdapterResponse\x12Q\n\x0cUnpinAdapter\x12\x1f.hotswap.v1.UnpinAdapterRequest\x1a .hotswap.v1.UnpinAdapterResponse\x12Q\n\x0cMergeAdapter\x12\x1f.hotswap.v1.MergeAdapterRequest\x1a .hotswap.v1.MergeAdapterResponse\x12W\n\x0eUnmergeAdapter\x12!.hotswap.v1.UnmergeAdapterRequest\x1a\".hotswap.v1.UnmergeAdapterResponse\x12]\n\x10\x43\x61librateMethods\x12#.hotswap.v1.CalibrateMethodsRequest\x1a$.hotswap.v1.CalibrateMethodsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,46 +34,52 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ADAPTER_METHODCONFIGENTRY']._loaded_options = None
   _globals['_ADAPTER_METHODCONFIGENTRY']._serialized_options = b'8\001'
-  _globals['_RESIDENCY']._serialized_start=1712
-  _globals['_RESIDENCY']._serialized_end=1813
-  _globals['_INUSEPOLICY']._serialized_start=1815
-  _globals['_INUSEPOLICY']._serialized_end=1935
-  _globals['_ADAPTER']._serialized_start=42
-  _globals['_ADAPTER']._serialized_end=388
-  _globals['_ADAPTER_METHODCONFIGENTRY']._serialized_start=337
-  _globals['_ADAPTER_METHODCONFIGENTRY']._serialized_end=388
-  _globals['_LISTADAPTERSREQUEST']._serialized_start=390
-  _globals['_LISTADAPTERSREQUEST']._serialized_end=512
-  _globals['_LISTADAPTERSRESPONSE']._serialized_start=514
-  _globals['_LISTADAPTERSRESPONSE']._serialized_end=600
-  _globals['_GETADAPTERREQUEST']._serialized_start=602
-  _globals['_GETADAPTERREQUEST']._serialized_end=669
-  _globals['_GETADAPTERRESPONSE']._serialized_start=671
-  _globals['_GETADAPTERRESPONSE']._serialized_end=729
-  _globals['_LOADADAPTERREQUEST']._serialized_start=731
-  _globals['_LOADADAPTERREQUEST']._serialized_end=841
-  _globals['_LOADADAPTERRESPONSE']._serialized_start=843
-  _globals['_LOADADAPTERRESPONSE']._serialized_end=924
-  _globals['_UNLOADADAPTERREQUEST']._serialized_start=926
-  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1037
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1039
-  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1129
-  _globals['_PINADAPTERREQUEST']._serialized_start=1131
-  _globals['_PINADAPTERREQUEST']._serialized_end=1198
-  _globals['_PINADAPTERRESPONSE']._serialized_start=1200
-  _globals['_PINADAPTERRESPONSE']._serialized_end=1258
-  _globals['_UNPINADAPTERREQUEST']._serialized_start=1260
-  _globals['_UNPINADAPTERREQUEST']._serialized_end=1329
-  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1331
-  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1392
-  _globals['_MERGEADAPTERREQUEST']._serialized_start=1394
-  _globals['_MERGEADAPTERREQUEST']._serialized_end=1463
-  _globals['_MERGEADAPTERRESPONSE']._serialized_start=1465
-  _globals['_MERGEADAPTERRESPONSE']._serialized_end=1548
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=1550
-  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=1621
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=1623
-  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=1710
-  _globals['_ADAPTERSERVICE']._serialized_start=1938
-  _globals['_ADAPTERSERVICE']._serialized_end=2612
+  _globals['_RESIDENCY']._serialized_start=2054
+  _globals['_RESIDENCY']._serialized_end=2155
+  _globals['_INUSEPOLICY']._serialized_start=2157
+  _globals['_INUSEPOLICY']._serialized_end=2277
+  _globals['_ADAPTER']._serialized_start=67
+  _globals['_ADAPTER']._serialized_end=413
+  _globals['_ADAPTER_METHODCONFIGENTRY']._serialized_start=362
+  _globals['_ADAPTER_METHODCONFIGENTRY']._serialized_end=413
+  _globals['_LISTADAPTERSREQUEST']._serialized_start=415
+  _globals['_LISTADAPTERSREQUEST']._serialized_end=537
+  _globals['_LISTADAPTERSRESPONSE']._serialized_start=539
+  _globals['_LISTADAPTERSRESPONSE']._serialized_end=625
+  _globals['_GETADAPTERREQUEST']._serialized_start=627
+  _globals['_GETADAPTERREQUEST']._serialized_end=694
+  _globals['_GETADAPTERRESPONSE']._serialized_start=696
+  _globals['_GETADAPTERRESPONSE']._serialized_end=754
+  _globals['_LOADADAPTERREQUEST']._serialized_start=756
+  _globals['_LOADADAPTERREQUEST']._serialized_end=866
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=868
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=949
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=951
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=1062
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=1064
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=1154
+  _globals['_PINADAPTERREQUEST']._serialized_start=1156
+  _globals['_PINADAPTERREQUEST']._serialized_end=1223
+  _globals['_PINADAPTERRESPONSE']._serialized_start=1225
+  _globals['_PINADAPTERRESPONSE']._serialized_end=1283
+  _globals['_UNPINADAPTERREQUEST']._serialized_start=1285
+  _globals['_UNPINADAPTERREQUEST']._serialized_end=1354
+  _globals['_UNPINADAPTERRESPONSE']._serialized_start=1356
+  _globals['_UNPINADAPTERRESPONSE']._serialized_end=1417
+  _globals['_MERGEADAPTERREQUEST']._serialized_start=1419
+  _globals['_MERGEADAPTERREQUEST']._serialized_end=1488
+  _globals['_MERGEADAPTERRESPONSE']._serialized_start=1490
+  _globals['_MERGEADAPTERRESPONSE']._serialized_end=1573
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_start=1575
+  _globals['_UNMERGEADAPTERREQUEST']._serialized_end=1646
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_start=1648
+  _globals['_UNMERGEADAPTERRESPONSE']._serialized_end=1735
+  _globals['_CALIBRATEMETHODSREQUEST']._serialized_start=1737
+  _globals['_CALIBRATEMETHODSREQUEST']._serialized_end=1785
+  _globals['_METHODCOST']._serialized_start=1788
+  _globals['_METHODCOST']._serialized_end=1956
+  _globals['_CALIBRATEMETHODSRESPONSE']._serialized_start=1958
+  _globals['_CALIBRATEMETHODSRESPONSE']._serialized_end=2052
+  _globals['_ADAPTERSERVICE']._serialized_start=2280
+  _globals['_ADAPTERSERVICE']._serialized_end=3049
 # @@protoc_insertion_point(module_scope)

@@ -12,6 +12,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from hotswap.v1 import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -622,3 +623,101 @@ class UnmergeAdapterResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnmergeAdapterResponse: _TypeAlias = UnmergeAdapterResponse  # noqa: Y015
+
+@_typing.final
+class CalibrateMethodsRequest(_message.Message):
+    """Asks for the methods to be measured."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ONLY_RESIDENT_FIELD_NUMBER: _builtins.int
+    only_resident: _builtins.bool
+    """Leaves out methods that have no adapter on the device. Otherwise adapters of a typical size are made up for
+    them, in slots that are free.
+    """
+    def __init__(
+        self,
+        *,
+        only_resident: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["only_resident", b"only_resident"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateMethodsRequest: _TypeAlias = CalibrateMethodsRequest  # noqa: Y015
+
+@_typing.final
+class MethodCost(_message.Message):
+    """What a method costs on one path and at one batch size."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    METHOD_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    BATCH_SIZE_FIELD_NUMBER: _builtins.int
+    OVERHEAD_RATIO_FIELD_NUMBER: _builtins.int
+    STEP_SECONDS_FIELD_NUMBER: _builtins.int
+    ADAPTERS_FIELD_NUMBER: _builtins.int
+    MADE_UP_FIELD_NUMBER: _builtins.int
+    method: _builtins.str
+    """The method, as in a response; `none` for the base."""
+    path: _common_pb2.ServingPath.ValueType
+    """How it ran."""
+    batch_size: _builtins.int
+    """Requests in the step."""
+    overhead_ratio: _builtins.float
+    """The step's time, in those of the base at this batch size; 1 costs nothing."""
+    step_seconds: _builtins.float
+    """The step's time, in seconds."""
+    adapters: _builtins.int
+    """Distinct adapters in the step."""
+    made_up: _builtins.bool
+    """Whether these were made up."""
+    def __init__(
+        self,
+        *,
+        method: _builtins.str = ...,
+        path: _common_pb2.ServingPath.ValueType = ...,
+        batch_size: _builtins.int = ...,
+        overhead_ratio: _builtins.float = ...,
+        step_seconds: _builtins.float = ...,
+        adapters: _builtins.int = ...,
+        made_up: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapters", b"adapters", "batch_size", b"batch_size", "made_up", b"made_up", "method", b"method", "overhead_ratio", b"overhead_ratio", "path", b"path", "step_seconds", b"step_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MethodCost: _TypeAlias = MethodCost  # noqa: Y015
+
+@_typing.final
+class CalibrateMethodsResponse(_message.Message):
+    """What was measured, which the metrics show from now on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COSTS_FIELD_NUMBER: _builtins.int
+    CALIBRATION_SECONDS_FIELD_NUMBER: _builtins.int
+    calibration_seconds: _builtins.float
+    """How long measuring took, in seconds."""
+    @_builtins.property
+    def costs(self) -> _containers.RepeatedCompositeFieldContainer[Global___MethodCost]:
+        """Every method that could be measured, the base first."""
+
+    def __init__(
+        self,
+        *,
+        costs: _abc.Iterable[Global___MethodCost] | None = ...,
+        calibration_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["calibration_seconds", b"calibration_seconds", "costs", b"costs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CalibrateMethodsResponse: _TypeAlias = CalibrateMethodsResponse  # noqa: Y015

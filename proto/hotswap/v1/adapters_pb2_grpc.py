@@ -75,6 +75,11 @@ class AdapterServiceStub:
                 request_serializer=hotswap_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.SerializeToString,
                 response_deserializer=hotswap_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.FromString,
                 _registered_method=True)
+        self.CalibrateMethods = channel.unary_unary(
+                '/hotswap.v1.AdapterService/CalibrateMethods',
+                request_serializer=hotswap_dot_v1_dot_adapters__pb2.CalibrateMethodsRequest.SerializeToString,
+                response_deserializer=hotswap_dot_v1_dot_adapters__pb2.CalibrateMethodsResponse.FromString,
+                _registered_method=True)
 
 
 class AdapterServiceServicer:
@@ -138,6 +143,14 @@ class AdapterServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CalibrateMethods(self, request, context):
+        """Measures what each method costs, in decode steps of that method alone beside the base's. Requests go on, each
+        step of theirs being followed by one of these as long as it takes: some seconds.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdapterServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -180,6 +193,11 @@ def add_AdapterServiceServicer_to_server(servicer, server):
                     servicer.UnmergeAdapter,
                     request_deserializer=hotswap_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.FromString,
                     response_serializer=hotswap_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.SerializeToString,
+            ),
+            'CalibrateMethods': grpc.unary_unary_rpc_method_handler(
+                    servicer.CalibrateMethods,
+                    request_deserializer=hotswap_dot_v1_dot_adapters__pb2.CalibrateMethodsRequest.FromString,
+                    response_serializer=hotswap_dot_v1_dot_adapters__pb2.CalibrateMethodsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -399,6 +417,33 @@ class AdapterService:
             '/hotswap.v1.AdapterService/UnmergeAdapter',
             hotswap_dot_v1_dot_adapters__pb2.UnmergeAdapterRequest.SerializeToString,
             hotswap_dot_v1_dot_adapters__pb2.UnmergeAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CalibrateMethods(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/hotswap.v1.AdapterService/CalibrateMethods',
+            hotswap_dot_v1_dot_adapters__pb2.CalibrateMethodsRequest.SerializeToString,
+            hotswap_dot_v1_dot_adapters__pb2.CalibrateMethodsResponse.FromString,
             options,
             channel_credentials,
             insecure,

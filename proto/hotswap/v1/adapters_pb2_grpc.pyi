@@ -55,6 +55,10 @@ class AdapterServiceStub:
     """Adds a LoRA into the base weights, so that its requests cost what the base's do."""
     UnmergeAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.UnmergeAdapterRequest, _adapters_pb2.UnmergeAdapterResponse]
     """Restores the base weights bit for bit."""
+    CalibrateMethods: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.CalibrateMethodsRequest, _adapters_pb2.CalibrateMethodsResponse]
+    """Measures what each method costs, in decode steps of that method alone beside the base's. Requests go on, each
+    step of theirs being followed by one of these as long as it takes: some seconds.
+    """
 
 @_typing.type_check_only
 class AdapterServiceAsyncStub(AdapterServiceStub):
@@ -79,6 +83,10 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
     """Adds a LoRA into the base weights, so that its requests cost what the base's do."""
     UnmergeAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.UnmergeAdapterRequest, _adapters_pb2.UnmergeAdapterResponse]  # type: ignore[assignment]
     """Restores the base weights bit for bit."""
+    CalibrateMethods: _aio.UnaryUnaryMultiCallable[_adapters_pb2.CalibrateMethodsRequest, _adapters_pb2.CalibrateMethodsResponse]  # type: ignore[assignment]
+    """Measures what each method costs, in decode steps of that method alone beside the base's. Requests go on, each
+    step of theirs being followed by one of these as long as it takes: some seconds.
+    """
 
 class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
     """Lists, loads, unloads, pins and merges adapters."""
@@ -148,5 +156,15 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.UnmergeAdapterResponse, _abc.Awaitable[_adapters_pb2.UnmergeAdapterResponse]]:
         """Restores the base weights bit for bit."""
+
+    @_abc_1.abstractmethod
+    def CalibrateMethods(
+        self,
+        request: _adapters_pb2.CalibrateMethodsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_adapters_pb2.CalibrateMethodsResponse, _abc.Awaitable[_adapters_pb2.CalibrateMethodsResponse]]:
+        """Measures what each method costs, in decode steps of that method alone beside the base's. Requests go on, each
+        step of theirs being followed by one of these as long as it takes: some seconds.
+        """
 
 def add_AdapterServiceServicer_to_server(servicer: AdapterServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -9,6 +9,7 @@ from dataclasses import replace
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.finite import check_finite
 from hotswap_server.adapters.host_cache import HostCache
+from hotswap_server.adapters.lending import Lender
 from hotswap_server.adapters.loader import Loader
 from hotswap_server.adapters.method import (
     AdapterBank,
@@ -89,6 +90,7 @@ class AdapterManager:
         self.prefer = self._placement.prefer
         self.take_changes = self._placement.take_changes
         self.release = self._placement.release
+        self.lender = Lender(base, methods, options, self._placement)
         self.adapters_in_memory = self._placement.adapters_in_memory
         self.on_change: Callable[[], None] = lambda: None
         self.cancel_users: Callable[[AdapterRef], None] = lambda ref: None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 
 import structlog
 import torch
@@ -248,6 +249,38 @@ class Placement:
 
     def num_kept(self, method: str) -> int:
         return sum(resident.kept for resident in self.residents.values() if resident.ref.method == method)
+
+    # What those who measure ask; see `Lender`.
+
+    def borrow(self, ref: AdapterRef) -> int | None:
+        """The slot of an adapter that is there, which stays until `release`. It does not count as a use."""
+        with self.lock:
+            resident = self.residents.get(ref)
+            if resident is None or resident.state is not State.READY:
+                return None
+            if resident.leaving or resident.yielding:
+                return None
+            resident.users += 1
+            return resident.slot
+
+    def take_free(self, method: str, refs: Iterable[AdapterRef]) -> list[Resident]:
+        """Free slots for adapters that nobody else knows, no more than half of them, or the only one."""
+        slots = self._slots[method]
+        with self.lock:
+            free = slots.num_slots - slots.num_held
+            taken = [Resident(ref, State.PLACING) for ref in islice(refs, max(free // 2, min(free, 1)))]
+            return [resident for resident in taken if slots.take(resident)]
+
+    def fill(self, resident: Resident, adapter: MethodAdapter) -> Future[None]:
+        """Copy an adapter to a slot that was taken so."""
+        bank, slot = self._banks[resident.ref.method], resident.slot or 0
+        return self._copier.submit(lambda: bank.put(slot, adapter))
+
+    def give_back(self, residents: Iterable[Resident]) -> None:
+        with self.acting():
+            for resident in residents:
+                self._empty(resident)
+                self.advance(resident.ref.method)
 
     # What anyone may ask.
 

@@ -13,16 +13,11 @@ import torch
 from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE
 from safetensors.torch import save_file
 
-from hotswap_server.adapters.fields import MODULE_PREFIX
+from hotswap_server.adapters import synthetic
+from hotswap_server.adapters.synthetic import BOTTLENECK_SIZE, PREFIX_TOKENS, Content
 from hotswap_server.bench.ours import EngineSide
 from hotswap_server.bench.workload import ALL_LINEAR, QUERY_VALUE, Run, Shape, make_prompts, percentiles
 from hotswap_server.engine.base import BaseModel
-
-BOTTLENECK_SIZE, PREFIX_TOKENS = 64, 20
-_STD = 0.02  # of random weights: what an adapter says does not change what it costs
-
-Content = tuple[dict[str, Any], dict[str, torch.Tensor]]
-"""An `adapter_config.json` and its tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +41,11 @@ def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, ran
     with `adapters` distinct ones, one LoRA for all, batched and merged, and all in turn."""
     every_linear = f"LoRA r={rank} on all linears"
     kinds: dict[str, tuple[str, Callable[[], Content]]] = {
-        f"LoRA r={rank} on q,v": ("lora-qv", lambda: _lora(base, rank, QUERY_VALUE)),
-        every_linear: ("lora-all", lambda: _lora(base, rank, ALL_LINEAR)),
-        f"bottleneck-{BOTTLENECK_SIZE}": ("bottleneck", lambda: _bottleneck(base)),
-        f"prefix-{PREFIX_TOKENS}": ("prefix", lambda: _prefix(base)),
-        "IA³ on k,v,down": ("ia3", lambda: _ia3(base)),
+        f"LoRA r={rank} on q,v": ("lora-qv", lambda: synthetic.lora(base, rank, QUERY_VALUE)),
+        every_linear: ("lora-all", lambda: synthetic.lora(base, rank, ALL_LINEAR)),
+        f"bottleneck-{BOTTLENECK_SIZE}": ("bottleneck", lambda: synthetic.bottleneck(base, BOTTLENECK_SIZE)),
+        f"prefix-{PREFIX_TOKENS}": ("prefix", lambda: synthetic.prefix(base, PREFIX_TOKENS)),
+        "IA³ on k,v,down": ("ia3", lambda: synthetic.ia3(base)),
     }
     cases = [MixCase("base", requests, (None,))]
     for title, (name, make) in kinds.items():
@@ -134,65 +129,3 @@ def _save(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tens
     directory.mkdir(parents=True)
     (directory / CONFIG_FILE).write_text(json.dumps({"task_type": "CAUSAL_LM", **config}))
     save_file(tensors, directory / WEIGHTS_FILE)
-
-
-def _random(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape) * _STD
-
-
-def _targeted(base: BaseModel, targets: tuple[str, ...]) -> dict[str, tuple[int, int]]:
-    return {name: shape for name, shape in base.linear_shapes.items() if name.endswith(targets)}
-
-
-def _lora(base: BaseModel, rank: int, targets: tuple[str, ...]) -> Content:
-    tensors = {}
-    for name, (out_features, in_features) in _targeted(base, targets).items():
-        tensors[f"{MODULE_PREFIX}{name}.lora_A.weight"] = _random(rank, in_features)
-        tensors[f"{MODULE_PREFIX}{name}.lora_B.weight"] = _random(out_features, rank)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(targets)}
-    return config, tensors
-
-
-def _bottleneck(base: BaseModel) -> Content:
-    tensors = {}
-    for block in base.blocks:
-        prefix, hidden = f"{MODULE_PREFIX}{block.layer}.{block.place}_adapter", block.hidden_size
-        tensors[f"{prefix}.down.weight"] = _random(BOTTLENECK_SIZE, hidden)
-        tensors[f"{prefix}.down.bias"] = _random(BOTTLENECK_SIZE)
-        tensors[f"{prefix}.up.weight"] = _random(hidden, BOTTLENECK_SIZE)
-        tensors[f"{prefix}.up.bias"] = _random(hidden)
-    config = {
-        "peft_type": "BOTTLENECK",
-        "bottleneck_size": BOTTLENECK_SIZE,
-        "activation": "relu",
-        "layout": "houlsby",
-        "after_attention": True,
-        "after_mlp": True,
-        "residual": True,
-        "scaling": 1.0,
-    }
-    return config, tensors
-
-
-def _prefix(base: BaseModel) -> Content:
-    site = base.attention[0]
-    width = site.kv_heads * site.head_dim
-    config = {
-        "peft_type": "PREFIX_TUNING",
-        "num_virtual_tokens": PREFIX_TOKENS,
-        "num_layers": len(base.attention),
-        "num_attention_heads": site.kv_heads,
-        "token_dim": width,
-        "num_transformer_submodules": 1,
-    }
-    return config, {"prompt_embeddings": _random(PREFIX_TOKENS, len(base.attention) * 2 * width)}
-
-
-def _ia3(base: BaseModel) -> Content:
-    targets, inputs = ("k_proj", "v_proj", "down_proj"), ("down_proj",)
-    tensors = {}
-    for name, (out_features, in_features) in _targeted(base, targets).items():
-        shape = (1, in_features) if name.endswith(inputs) else (out_features, 1)
-        tensors[f"{MODULE_PREFIX}{name}.ia3_l"] = 1.0 + _random(*shape)
-    config = {"peft_type": "IA3", "target_modules": list(targets), "feedforward_modules": list(inputs)}
-    return config, tensors

@@ -22,6 +22,7 @@ from hotswap_server.core import (
 from hotswap_server.engine.admission import admit
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import BatchBuilder
+from hotswap_server.engine.chores import Chores
 from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.kv_cache import PagedKVCache
@@ -32,6 +33,7 @@ from hotswap_server.engine.runner import ModelRunner
 from hotswap_server.engine.scheduler import Plan, Scheduler
 from hotswap_server.engine.sequence import EventSink, Sequence, Stage
 from hotswap_server.engine.slots import AdapterResidency
+from hotswap_server.engine.step_timer import StepTimer
 from hotswap_server.errors import (
     AdapterUnloadedError,
     DrainingError,
@@ -141,6 +143,7 @@ class Engine:
         self._draining = False
         self._stopping = False
         self._woken = False
+        self.chores = Chores(self.wake)
         self._collector = Collector(base.eos_token_ids, self._end, self._observer)
         self._thread = threading.Thread(target=self._loop, name="hotswap-engine", daemon=True)
 
@@ -223,6 +226,17 @@ class Engine:
             self._changed.notify()
         return future
 
+    def step_timer(self) -> StepTimer:
+        """Times steps of made-up sequences, as chores."""
+        return StepTimer(
+            self._builder,
+            self._runner,
+            self.cache,
+            self._prefixes,
+            max_context=self.max_context,
+            device=self.base.device,
+        )
+
     def stats(self) -> EngineStats:
         pages = self.cache.pages
         return EngineStats(
@@ -240,6 +254,10 @@ class Engine:
             name: (tenant.num_running, tenant.num_waiting)
             for name, tenant in dict(self._scheduler.waiting.tenants).items()
         }
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.options.max_batch_size
 
     @property
     def idle(self) -> bool:
@@ -260,9 +278,11 @@ class Engine:
                     self._fail_all(EngineError("the engine failed; see the server's log"))
                     busy = False
                 self._flush()
+                busy = self.chores.run_one() or busy
                 if not busy:
                     with self._changed:
                         self._changed.wait_for(lambda: self._inbox or self._woken or self._stopping)
+        self.chores.close()
         self._fail_all(DrainingError("the server shut down before the request was finished"))
         self._flush()
 

@@ -73,6 +73,11 @@ class PrefixPages:
         self._cache.pages.share(pages)
         return list(pages)
 
+    def drop(self, prefix: Prefix) -> None:
+        """Let go of a prefix's full pages, as if nobody had needed them."""
+        if prefix.digest in self._pages:
+            self._release(prefix.digest)
+
     def write_rest(self, prefix: Prefix, page: int) -> None:
         """Begin a sequence's own first page with what the full pages leave over."""
         if prefix.num_tokens % self._cache.page_size:

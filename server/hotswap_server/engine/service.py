@@ -13,9 +13,11 @@ from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.merges import MergeObserver, MergeOptions, Merges
 from hotswap_server.core import Delta, Event, Failed, Finished, GenerateRequest, Scored, ScoreRequest
 from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.calibration import Calibration, Calibrator
 from hotswap_server.engine.engine import Engine, EngineOptions, EngineStats, deliver
 from hotswap_server.engine.merge_policy import MergePolicy
 from hotswap_server.engine.observer import EngineObserver, SeveralObservers
+from hotswap_server.engine.quiet_calibration import QuietCalibration
 from hotswap_server.engine.sequence import EventSink
 from hotswap_server.errors import OverloadedError
 
@@ -40,6 +42,8 @@ class EngineService:
         observer: EngineObserver | None = None,
         merging: MergeOptions | None = None,
         merge_observer: MergeObserver | None = None,
+        calibration_observer: Callable[[Calibration], None] | None = None,
+        calibrate_interval: float = 0.0,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._num_streams = 0
@@ -59,9 +63,16 @@ class EngineService:
             base, tokenizer, adapters, options, post=self._post, observer=SeveralObservers(*observers)
         )
         self.adapters = adapters
+        self.calibrator = Calibrator(self._engine, adapters.lender, self._calibrated)
+        self._on_calibration = calibration_observer
+        self._quiet = QuietCalibration(
+            self.calibrator, lambda: self._engine.idle, interval_s=calibrate_interval
+        )
         adapters.on_change = self._engine.wake
         adapters.cancel_users = self._engine.cancel_adapter
         self._engine.start()
+        if calibrate_interval:
+            self._quiet.start()
 
     def _between_steps(self, action: Callable[[], T]) -> Future[T]:
         return self._engine.between_steps(action)
@@ -152,8 +163,15 @@ class EngineService:
     def close(self) -> None:
         """End the engine, failing what is left in it with `DrainingError`, and the loading of adapters."""
         self._engine.stop()
+        self.calibrator.close()
+        self._quiet.close()
         self.merges.close()
         self.adapters.close()
+
+    def _calibrated(self, calibration: Calibration) -> None:
+        self._quiet.note(calibration)
+        if self._on_calibration is not None:
+            self._on_calibration(calibration)
 
     def _post(self, events: list[tuple[EventSink, Event]]) -> None:
         # One call a step: each wakes the loop through a pipe.

@@ -16,6 +16,7 @@ from hotswap.v1 import adapters_pb2, adapters_pb2_grpc
 from hotswap_server.adapters.manager import AdapterManager
 from hotswap_server.adapters.merges import Merges
 from hotswap_server.adapters.residency import AdapterInfo, InUse, Residency
+from hotswap_server.engine.calibration import Calibrator
 from hotswap_server.errors import InvalidRequestError
 from hotswap_server.grpc import convert
 from hotswap_server.grpc.interceptors import current_call
@@ -43,10 +44,13 @@ _IN_USE = {
 class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
     """The manager's calls block on the store, so they run as `StoreCalls`."""
 
-    def __init__(self, manager: AdapterManager, merges: Merges, store: StoreCalls) -> None:
+    def __init__(
+        self, manager: AdapterManager, merges: Merges, store: StoreCalls, calibrator: Calibrator
+    ) -> None:
         self._manager = manager
         self._merges = merges
         self._store = store
+        self._calibrator = calibrator
 
     async def ListAdapters(
         self, request: adapters_pb2.ListAdaptersRequest, context: Any
@@ -162,6 +166,15 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
             return name, reference.version
         ref = await self._store.run(lambda: self._manager.resolve(str(reference), None))
         return name, ref.version
+
+    async def CalibrateMethods(
+        self, request: adapters_pb2.CalibrateMethodsRequest, context: Any
+    ) -> adapters_pb2.CalibrateMethodsResponse:
+        calibration = await asyncio.wrap_future(self._calibrator.calibrate(made_up=not request.only_resident))
+        return adapters_pb2.CalibrateMethodsResponse(
+            costs=[convert.method_cost(cost) for cost in calibration.costs],
+            calibration_seconds=calibration.seconds,
+        )
 
     async def _future(self, begin: Callable[[], Future[T]]) -> T:
         return await asyncio.wrap_future(await self._store.run(begin))

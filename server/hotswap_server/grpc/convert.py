@@ -11,6 +11,7 @@ from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 
 from hotswap_server import core
 from hotswap_server.adapters.residency import AdapterInfo, Residency
+from hotswap_server.engine.calibration import MethodCost
 from hotswap_server.errors import InvalidRequestError
 
 _PATHS: Final = {
@@ -134,6 +135,18 @@ def timings(spent: core.Timings) -> common_pb2.Timings:
         load_seconds=spent.load,
         prefill_seconds=spent.prefill,
         decode_seconds=spent.decode,
+    )
+
+
+def method_cost(cost: MethodCost) -> adapters_pb2.MethodCost:
+    return adapters_pb2.MethodCost(
+        method=cost.method,
+        path=serving_path(cost.path),
+        batch_size=cost.batch,
+        overhead_ratio=cost.ratio,
+        step_seconds=cost.step_seconds,
+        adapters=cost.adapters,
+        made_up=cost.made_up,
     )
 
 

@@ -100,7 +100,7 @@ class GrpcServer:
         )
         self._admin_address, self._admin = admin, self._main if admin is None else self._new_server()
         adapters_pb2_grpc.add_AdapterServiceServicer_to_server(
-            AdapterServicer(engine.adapters, engine.merges, self._store), self._admin
+            AdapterServicer(engine.adapters, engine.merges, self._store, engine.calibrator), self._admin
         )
         self._health_address = health_check
         self._probed = None if health_check is None else self._new_server()

@@ -11,6 +11,7 @@ from hotswap_server.adapters.residency import HostStats, ResidentAdapter, SlotSt
 from hotswap_server.metrics.adapters import AdapterMetrics
 from hotswap_server.metrics.calls import CallMetrics
 from hotswap_server.metrics.families import NAMESPACE, Families
+from hotswap_server.metrics.overhead import OverheadCollector
 from hotswap_server.metrics.requests import RequestMetrics
 from hotswap_server.metrics.steps import EngineCollector, EngineLoad, StepMetrics
 from hotswap_server.metrics.tenants import TenantCollector
@@ -35,6 +36,9 @@ class Metrics:
         adapters = AdapterMetrics(make, methods)
         self.loaded, self.retried, self.failed = adapters.loaded, adapters.retried, adapters.failed
         self.evicted, self.merged, self.unmerged = adapters.evicted, adapters.merged, adapters.unmerged
+        overhead = OverheadCollector()
+        self.registry.register(overhead)
+        self.calibrated = overhead.calibrated
 
     def describe_build(self, **facts: str) -> None:
         """Show `facts` as the labels of `hotswap_build_info`."""

@@ -38,5 +38,6 @@ RULES: Final[dict[str, Rule]] = {
     "/hotswap.v1.AdapterService/UnpinAdapter": Rule(Role.ADMIN, "name"),
     "/hotswap.v1.AdapterService/MergeAdapter": Rule(Role.ADMIN, "name"),
     "/hotswap.v1.AdapterService/UnmergeAdapter": Rule(Role.ADMIN, "name"),
+    "/hotswap.v1.AdapterService/CalibrateMethods": Rule(Role.ADMIN),
 }
 """By the call's full name. A call without a rule is refused as soon as callers are told apart."""

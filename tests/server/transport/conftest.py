@@ -30,6 +30,7 @@ from hotswap_server.core import (
     Timings,
     TokenLogprob,
 )
+from hotswap_server.engine.calibration import Calibration, MethodCost
 from hotswap_server.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
@@ -152,6 +153,18 @@ class FakeMerges:
         return future
 
 
+class FakeCalibrator:
+    """Has measured the base and, unless asked for what is there alone, a made-up LoRA."""
+
+    def calibrate(self, *, made_up: bool) -> Future[Calibration]:
+        costs = [MethodCost("none", ServingPath.BASE, 8, 1.0, 0.01, 0, False)]
+        if made_up:
+            costs.append(MethodCost("lora", ServingPath.BATCHED, 8, 1.25, 0.0125, 8, True))
+        future: Future[Calibration] = Future()
+        future.set_result(Calibration(tuple(costs), 0.5))
+        return future
+
+
 @dataclass
 class FakeEngine:
     """Answers `num_tokens` tokens, `pause` seconds apart, or raises `error` before the first."""
@@ -169,6 +182,7 @@ class FakeEngine:
     tokenizer: Any = field(default_factory=ByteTokenizer)
     adapters: FakeManager = field(default_factory=FakeManager)
     merges: Any = None
+    calibrator: Any = field(default_factory=FakeCalibrator)
     base: Any = field(default_factory=lambda: SimpleNamespace(vocab_size=VOCAB_SIZE, max_context=4096))
     max_context: int = 4096
 

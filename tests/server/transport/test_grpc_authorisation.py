@@ -36,6 +36,7 @@ NEEDED = {
     "UnpinAdapter": Role.ADMIN,
     "MergeAdapter": Role.ADMIN,
     "UnmergeAdapter": Role.ADMIN,
+    "CalibrateMethods": Role.ADMIN,
 }
 METHODS = {
     method.name: method

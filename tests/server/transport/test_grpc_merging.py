@@ -115,3 +115,27 @@ async def test_the_traffic_itself_merges_and_unmerges(served):
             while (await s.client.adapters.show("acme/hot")).merged:
                 await ask(s.client)
         assert (await ask(s.client, "acme/hot")).path is ServingPath.BATCHED
+
+
+async def test_an_administrator_has_the_methods_measured_and_metrics_show_it(served):
+    async with served() as s:
+        assert await scrape(s.metrics, "hotswap_method_overhead_ratio{") == {}
+        await ask(s.client, "acme/hot")
+        costs = await s.client.adapters.calibrate(only_resident=True)
+        assert {(cost.method, cost.path) for cost in costs} == {
+            ("none", ServingPath.BASE),
+            ("lora", ServingPath.BATCHED),
+        }
+        shown = await scrape(s.metrics, "hotswap_method_overhead_ratio{")
+        [cost] = [cost for cost in costs if cost.method == "lora" and cost.batch_size == 1]
+        series = 'hotswap_method_overhead_ratio{batch="1",method="lora",path="batched"}'
+        assert shown[series] == pytest.approx(cost.overhead_ratio)
+
+
+async def test_a_server_can_measure_before_it_is_ready(served):
+    async with served(calibrate=True, calibrate_interval=0) as s:
+        shown = await scrape(s.metrics, "hotswap_method_overhead_ratio{")
+        methods = {series.partition('method="')[2].partition('"')[0] for series in shown}
+        assert methods == {"base", "lora", "bottleneck", "prefix", "ia3"}
+        sources = await scrape(s.metrics, "hotswap_method_calibration_adapters{")
+        assert all("made_up" in series for series in sources if 'method="base"' not in series)
