@@ -29,6 +29,7 @@ install: $(INSTALLED) ## Make .venv with all that development needs (PYTHON=, VE
 demo: $(INSTALLED) ## Train a LoRA, a bottleneck adapter and a prefix; ask all in one batch.
 	$(BIN)/hotswap demo $(ARGS)
 
+# Without promtool and prometheus (Debian: prometheus) the tests of deploy/monitoring that need them are skipped.
 .PHONY: test
 test: $(INSTALLED) ## Run the tests but the slow ones.
 	$(TEST_ENV) OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" -n $(JOBS) --maxprocesses 4 --dist worksteal $(ARGS)
