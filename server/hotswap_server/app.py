@@ -23,6 +23,7 @@ from hotswap_server.adapters.merges import MergeOptions
 from hotswap_server.adapters.method import BankOptions, slots_within
 from hotswap_server.config import ServeSettings, flag_of
 from hotswap_server.engine.base import BaseModel, load_base
+from hotswap_server.engine.compiling import compile_layers
 from hotswap_server.engine.engine import EngineOptions
 from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.overload import QueueOptions
@@ -132,6 +133,8 @@ def load(settings: ServeSettings) -> Loaded:
         path = resolve_base(settings.base)
         tokenizer = _load_tokenizer(path)
         base = load_base(path, kernels=kernels, device=device, dtype=dtype, quantize=settings.quantize)
+        if kernels.can_be_recorded and not settings.eager:
+            compile_layers(base)
         metrics = Metrics(tenants=settings.tenant_metrics)
         adapters = AdapterManager(
             store,
@@ -308,6 +311,7 @@ def _engine_options(settings: ServeSettings) -> EngineOptions:
             tenant_weights=settings.tenant_weights,
             max_running_per_tenant=settings.max_running_per_tenant,
         ),
+        graphs=not settings.eager,
     )
 
 

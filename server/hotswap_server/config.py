@@ -58,8 +58,11 @@ class ServeSettings(BaseSettings):
         None,
         description="Hold the base's linear layers in 4 bits (nf4, fp4) or 8; default: as they are stored.",
     )
-    kernels: Literal["auto", "native", "onednn", "reference"] = Field(
+    kernels: Literal["auto", "native", "onednn", "triton", "reference"] = Field(
         "auto", description="Which implementation of the operations runs."
+    )
+    eager: bool = Field(
+        False, description="On a GPU, neither compile the layers nor record decode steps as CUDA graphs."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: physical cores.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from hotswap_server.engine.hidden import attend, hide
 from hotswap_server.errors import BaseModelError
 from hotswap_server.kernels import AttentionLayout, Kernels, TokenSlots
 
@@ -59,6 +61,12 @@ class StepState:
         self.value_caches: list[torch.Tensor] = []
         self.slots: dict[str, TokenSlots] = {}
         self.logit_rows: torch.Tensor | None = None
+        self.compiled = False
+        self.adapts_blocks = False  # read by compiled layers alone
+        self._touches: dict[tuple[str, int], int] = {}
+        self._sets: list[frozenset[object]] = []
+        self._unions: dict[frozenset[int], int] = {}
+        self._lock = threading.Lock()
 
     def slots_of(self, method: str, touched: Set[int], *, at_logits: bool = False) -> TokenSlots | None:
         """The slots of `method`, if the step has tokens of one of `touched`, which are those that matter.
@@ -69,6 +77,59 @@ class StepState:
         if slots is None or slots.used.isdisjoint(touched):
             return None
         return slots.at(self.logit_rows) if at_logits and self.logit_rows is not None else slots
+
+    def mark(self, method: str, slot: int, touches: Set[object]) -> None:
+        """Tell what of the base the adapter in `slot` touches: where a forward does not leave it out."""
+        self._touches[method, slot] = self._numbered(frozenset(touches))
+
+    def path(self, method: str, used: Set[int]) -> int | None:
+        """A number for what a forward does with `used` slots of `method`; None if it does nothing.
+
+        Two sets of slots that touch the same places have the same number, and run the same operations.
+        """
+        numbers = frozenset(self._touches[method, slot] for slot in used if (method, slot) in self._touches)
+        if not numbers:
+            return None
+        found = self._unions.get(numbers)
+        if found is None:
+            found = self._numbered(frozenset().union(*(self._sets[number] for number in numbers)))
+            self._unions[numbers] = found
+        return found
+
+    def _numbered(self, touches: frozenset[object]) -> int:
+        with self._lock:
+            if touches not in self._sets:
+                self._sets.append(touches)
+            return self._sets.index(touches)
+
+
+class LayerAttention:
+    """The attention of one layer over its part of the cache."""
+
+    def __init__(self, layer: int, state: StepState) -> None:
+        self._layer = layer
+        self._state = state
+        self.handle = hide(self)
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+    ) -> torch.Tensor:
+        """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim], out
+        [1, tokens, heads, head_dim]."""
+        state, layout = self._state, self._state.layout
+        if layout is None:
+            raise RuntimeError("a paged forward needs the runner's step state")
+        keys, values = state.key_caches[self._layer], state.value_caches[self._layer]
+        state.kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, layout)
+        return state.kernels.paged_attention(
+            query[0].transpose(0, 1), keys, values, layout, scale=scale, window=window, softcap=softcap
+        )[None]
 
 
 _trace_sites: dict[nn.Module, AttentionSite] | None = None
@@ -121,23 +182,11 @@ def _paged_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, tokens, head_dim], key and value [1, kv_heads, tokens, head_dim]; see transformers."""
-    state: StepState = module.hotswap_state  # type: ignore[assignment]
-    layer: int = module.layer_idx  # type: ignore[assignment]
-    layout = state.layout
-    if layout is None:
-        raise RuntimeError("a paged forward needs the runner's step state")
-    keys, values = state.key_caches[layer], state.value_caches[layer]
-    state.kernels.write_cache(key[0].transpose(0, 1), value[0].transpose(0, 1), keys, values, layout)
-    out = state.kernels.paged_attention(
-        query[0].transpose(0, 1),
-        keys,
-        values,
-        layout,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-    )
-    return out[None], None
+    layer: LayerAttention = module.hotswap_attention  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if module.hotswap_hidden:
+        return attend(query, key, value, layer.handle, scale, sliding_window, softcap), None
+    return layer.attend(query, key, value, scale, sliding_window, softcap), None
 
 
 AttentionInterface.register(ATTENTION_NAME, _paged_attention)

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hotswap_server.engine.attention import ATTENTION_NAME, TRACE_NAME, AttentionSite, StepState, trace_into
+from hotswap_server.engine.attention import (
+    ATTENTION_NAME,
+    TRACE_NAME,
+    AttentionSite,
+    LayerAttention,
+    StepState,
+    trace_into,
+)
 from hotswap_server.engine.blocks import Block, BlocksNotFoundError, Call, find_blocks, hidden_states
 from hotswap_server.engine.merging import MergedWeights
 from hotswap_server.engine.prefixes import Prefix
@@ -31,11 +38,11 @@ class BaseModel:
     """A causal LM ready for the engine, with the places where adapters attach.
 
     `projections` are the groups of linear layers inside the decoder that share an input, by their members'
-    module names; `attention` is one entry per decoder layer, in order; `blocks` are the sub-layers, none
-    where they cannot be told, for the reason in `blocks_problem`. `head` is the group of the output embedding
-    alone, which sees the step's logit rows; `tied_head` says whether its weight is the embedding's. `biased`
-    are the other modules with a bias. `quantization` is nf4, fp4, int8 or None, and `weight_bytes` what the
-    parameters take so, the scales of quantised ones included.
+    module names; `attention` is one entry per decoder layer, in order, and `layers` are these; `blocks` are
+    the sub-layers, none where they cannot be told, for the reason in `blocks_problem`. `head` is the group of
+    the output embedding alone, which sees the step's logit rows; `tied_head` says whether its weight is the
+    embedding's. `biased` are the other modules with a bias. `quantization` is nf4, fp4, int8 or None, and
+    `weight_bytes` what the parameters take so, the scales of quantised ones included.
     """
 
     model: nn.Module
@@ -43,6 +50,7 @@ class BaseModel:
     projections: tuple[ProjectionGroup, ...]
     attention: tuple[AttentionSite, ...]
     blocks: tuple[Block, ...]
+    layers: tuple[nn.Module, ...]
     state: StepState
     device: torch.device
     dtype: torch.dtype
@@ -82,6 +90,11 @@ class BaseModel:
             if place is not None:
                 place.detach()
         self.prefixes.clear()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the layers are compiled; see `compile_layers`."""
+        return self.state.compiled
 
     @property
     def vocab_size(self) -> int:
@@ -156,9 +169,9 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
             groups.append(_replace(model, members, kernels))
         if isinstance(head, Linear):
             head_group = _replace(model, [(names[head], head)], kernels)
-    for module in model.modules():
-        if hasattr(module, "layer_idx"):
-            module.hotswap_state = state  # type: ignore[assignment]
+    for module, site in sites.items():
+        module.hotswap_attention = LayerAttention(site.layer, state)  # type: ignore[assignment]
+        module.hotswap_hidden = False  # type: ignore[assignment]
     model.set_attn_implementation(ATTENTION_NAME)  # type: ignore[operator]
     return BaseModel(
         model=model,
@@ -166,6 +179,7 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
         projections=tuple(groups),
         attention=tuple(sites.values()),
         blocks=blocks,
+        layers=tuple(dict.fromkeys(model.get_submodule(names[site].rpartition(".")[0]) for site in sites)),
         state=state,
         device=parameter.device,
         dtype=parameter.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Sequence as Entries
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 
 from hotswap_server.core import ScoreRequest
 from hotswap_server.engine.attention import OTHERS
+from hotswap_server.engine.buffers import GraphInputs, StepBuffers
 from hotswap_server.engine.scheduler import Scheduled
 from hotswap_server.kernels import AttentionLayout, TokenSlots
-from hotswap_server.kernels.interface import Segment
+from hotswap_server.kernels.interface import Segment, prompt_tiles, slot_tiles
 
 # A run of this many tokens of one adapter is worth two matrix products of its own.
 _LONG_RUN = 16
@@ -32,22 +34,36 @@ class StepInputs:
     layout: AttentionLayout
     slots: dict[str, TokenSlots]
     merged: bool = False
+    graph: GraphInputs | None = None
 
 
 class BatchBuilder:
-    """Fills the same host buffers every step and copies them to the device's, where it is another."""
+    """Fills the same host buffers every step and copies them to the device's, where it is another.
+
+    With `buffers`, steps of single tokens, up to the largest of `sizes`, are laid out in them for a graph.
+    """
 
     def __init__(
-        self, *, max_tokens: int, max_sequences: int, max_pages: int, page_size: int, device: torch.device
+        self,
+        *,
+        max_tokens: int,
+        max_sequences: int,
+        max_pages: int,
+        page_size: int,
+        device: torch.device,
+        buffers: StepBuffers | None = None,
+        sizes: Entries[int] = (),
     ) -> None:
         self._page_size = page_size
         self._device = device
+        self._buffers = buffers
+        self._sizes = sizes
         self._ids = np.zeros(max_tokens, np.int64)
         self._positions = np.zeros(max_tokens, np.int64)
         self._pages = np.zeros(max_tokens, np.int64)
         self._offsets = np.zeros(max_tokens, np.int64)
         self._context = np.zeros(max_sequences, np.int32)
-        self._tables = np.zeros((max_sequences, max_pages), np.int32)
+        self._tables = np.zeros((max_sequences, max_pages), np.int32) if buffers is None else buffers.tables
 
     def build(self, entries: Entries[Scheduled]) -> StepInputs:
         """Lay out `entries`, single tokens first, one after another."""
@@ -76,15 +92,22 @@ class BatchBuilder:
             rows.extend(range(start + wanted.start - first, start + wanted.stop - first))
             rows_per_entry.append(len(wanted))
             starts.append(span.stop)
-        tokens = starts[-1]
+        tokens, num_decode = starts[-1], sum(entry.num_new == 1 for entry in entries)
+        if self._buffers is not None and tokens == num_decode <= self._sizes[-1]:
+            return self._build_for_graph(self._buffers, entries, starts, rows, rows_per_entry)
+        lengths = self._context[: len(entries)].tolist()
+        prompts = None
+        if num_decode < len(entries) and self._device.type != "cpu":
+            prompts = torch.from_numpy(prompt_tiles(starts, lengths, num_decode)).to(self._device)
         layout = AttentionLayout(
-            num_decode=sum(entry.num_new == 1 for entry in entries),
+            num_decode=num_decode,
             query_starts=starts,
-            context_lengths=self._context[: len(entries)].tolist(),
+            context_lengths=lengths,
             context=self._tensor(self._context[: len(entries)]),
             block_table=self._tensor(self._tables[: len(entries)]),
             token_pages=self._tensor(self._pages[:tokens]),
             token_offsets=self._tensor(self._offsets[:tokens]),
+            prompts=prompts,
         )
         return StepInputs(
             input_ids=self._tensor(self._ids[:tokens])[None],
@@ -96,20 +119,52 @@ class BatchBuilder:
             merged=any(entry.sequence.merged for entry in entries),
         )
 
+    def _build_for_graph(
+        self,
+        buffers: StepBuffers,
+        entries: Entries[Scheduled],
+        starts: list[int],
+        rows: list[int],
+        rows_per_entry: list[int],
+    ) -> StepInputs:
+        count = len(entries)
+        inputs = buffers.fill(
+            self._sizes[bisect.bisect_left(self._sizes, count)],
+            ids=self._ids[:count],
+            positions=self._positions[:count],
+            pages=self._pages[:count],
+            offsets=self._offsets[:count],
+            context=self._context[:count],
+            slots=self._slot_indices(entries, starts),
+            merged=any(entry.sequence.merged for entry in entries),
+        )
+        return StepInputs(
+            input_ids=inputs.input_ids,
+            position_ids=inputs.position_ids,
+            logit_rows=torch.tensor(rows, dtype=torch.long),
+            rows_per_entry=rows_per_entry,
+            layout=inputs.layout,
+            slots=inputs.slots,
+            merged=inputs.merged,
+            graph=inputs,
+        )
+
     def _token_slots(self, entries: Entries[Scheduled], starts: list[int]) -> dict[str, TokenSlots]:
-        result: dict[str, TokenSlots] = {}
+        indices = self._slot_indices(entries, starts)
+        return {method: token_slots(index, self._device) for method, index in indices.items()}
+
+    def _slot_indices(self, entries: Entries[Scheduled], starts: list[int]) -> dict[str, np.ndarray]:
+        result: dict[str, np.ndarray] = {}
         slots = [None if entry.sequence.merged else entry.sequence.slot for entry in entries]
         methods = {e.sequence.method for e, slot in zip(entries, slots, strict=True) if slot is not None}
         for method in methods:
-            index = np.full(starts[-1], -1, np.int32)
+            index = result[method] = np.full(starts[-1], -1, np.int32)
             for entry, slot, start in zip(entries, slots, starts, strict=False):
                 if slot is not None and entry.sequence.method == method:
                     index[start : start + entry.num_new] = slot
-            result[method] = token_slots(index, self._device)
         merged = [entry.sequence.merged for entry in entries]
         if any(merged) and not all(merged):
-            others = np.repeat(np.where(merged, -1, 0).astype(np.int32), np.diff(starts))
-            result[OTHERS] = token_slots(others, self._device)
+            result[OTHERS] = np.repeat(np.where(merged, -1, 0).astype(np.int32), np.diff(starts))
         return result
 
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
@@ -118,7 +173,17 @@ class BatchBuilder:
 
 
 def token_slots(index: np.ndarray, device: torch.device) -> TokenSlots:
-    """`index` [tokens] int32 with its long runs split off."""
+    """`index` [tokens] int32 with its long runs split off, or on a GPU in tiles."""
+    if device.type != "cpu":
+        tiles, rows = slot_tiles(index)
+        return TokenSlots(
+            index=torch.from_numpy(index).to(device),
+            rest=None,
+            long=(),
+            used=frozenset(tiles[:, 2].tolist()),
+            tiles=torch.from_numpy(tiles).to(device),
+            tile_rows=rows,
+        )
     bounds = np.flatnonzero(np.diff(index)) + 1
     edges = [0, *bounds.tolist(), len(index)]
     long = tuple(

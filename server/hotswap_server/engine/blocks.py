@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from hotswap_server.engine.attention import StepState
+from hotswap_server.engine.hidden import adapt_block, hide
 
 ATTENTION, MLP = "attention", "mlp"
 
 
 class BlockDelta(Protocol):
     """What a method makes of a sub-layer's output `x`, in place, and of the residual stream; both
-    [tokens, hidden_size]."""
+    [tokens, hidden_size]. `method` is the name of the method."""
+
+    method: str
 
     def __call__(self, x: torch.Tensor, stream: torch.Tensor) -> None: ...
 
@@ -34,32 +36,84 @@ class Block:
         self.place = place
         self.hidden_size = hidden_size
         self.deltas: list[BlockDelta] = []
+        self.handle: torch.Tensor | None = None  # where the compiler is not to look inside
         self._state = state
         self._stream: torch.Tensor | None = None
 
     def attach(self, reader: nn.Module, writer: nn.Module) -> None:
         """Stand around `reader`, whose input is the stream, and `writer`, whose output is added to it."""
-        # Not hooks: those take a module's slow way to its forward on every call, needed or not.
-        reader.forward = partial(self._read, reader.forward)
-        writer.forward = partial(self._write, writer.forward)
+        _watch(reader).reads = self
+        _watch(writer).writes = self
 
     def detach(self) -> None:
         """Forget every adapter method."""
         self.deltas.clear()
 
-    def _read(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._stream = hidden_states(args, kwargs) if self.deltas and self._state.slots else None
-        return forward(*args, **kwargs)
+    def adapt(self, x: torch.Tensor, stream: torch.Tensor) -> None:
+        """Make of the block's output `x`, in place, what the adapters make of it; both [..., hidden_size]."""
+        x, stream = x.view(-1, self.hidden_size), stream.reshape(-1, self.hidden_size)
+        for delta in self.deltas:
+            delta(x, stream)
 
-    def _write(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        if self._stream is not None:
-            x = _first(output).view(-1, self.hidden_size)
-            stream = self._stream.view(-1, self.hidden_size)
-            self._stream = None
-            for delta in self.deltas:
-                delta(x, stream)
+    def hide(self) -> None:
+        """Keep the compiler out of `adapt`; whether it is called follows the state's `adapts_blocks`."""
+        self.handle = hide(self)
+
+    def read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep the stream that the reader is called with, if an adapter may need it."""
+        state = self._state
+        wanted = bool(self.deltas and state.slots) if self.handle is None else state.adapts_blocks
+        self._stream = hidden_states(args, kwargs) if wanted else None
+
+    def write(self, output: Any) -> Any:
+        """What becomes of the writer's output."""
+        stream, self._stream = self._stream, None
+        if stream is None:
+            return output
+        if self.handle is None:
+            self.adapt(_first(output), stream)
+        else:
+            adapt_block(_first(output), stream, self.handle)
         return output
+
+
+class _Watch:
+    """The blocks that a module stands at the beginning or the end of."""
+
+    def __init__(self) -> None:
+        self.reads: Block | None = None
+        self.writes: Block | None = None
+
+
+_watched_kinds: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _watch(module: nn.Module) -> _Watch:
+    if not hasattr(module, "hotswap_watch"):
+        module.hotswap_watch = _Watch()  # type: ignore[assignment]
+        kind = type(module)
+        if kind not in _watched_kinds:
+            _watched_kinds[kind] = _watched(kind)
+        module.__class__ = _watched_kinds[kind]
+    watch: _Watch = module.hotswap_watch  # type: ignore[assignment]
+    return watch
+
+
+def _watched(kind: type[nn.Module]) -> type[nn.Module]:
+    """`kind` with blocks around its forward.
+
+    Not hooks: those take a module's slow way to its forward on every call, needed or not. Not a forward of
+    the module's own: a compiler would take every one for another function.
+    """
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        watch: _Watch = self.hotswap_watch  # type: ignore[assignment]
+        if watch.reads is not None:
+            watch.reads.read(args, kwargs)
+        output = kind.forward(self, *args, **kwargs)
+        return output if watch.writes is None else watch.writes.write(output)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 @dataclass(frozen=True, slots=True)

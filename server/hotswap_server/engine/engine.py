@@ -22,9 +22,11 @@ from hotswap_server.core import (
 from hotswap_server.engine.admission import admit
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import BatchBuilder
+from hotswap_server.engine.buffers import StepBuffers
 from hotswap_server.engine.chores import Chores
 from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.fairness import FairnessOptions
+from hotswap_server.engine.graphs import Progress, graph_sizes, ignore_progress, record_sizes
 from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, StepRecord
 from hotswap_server.engine.overload import Displacement, Doorkeeper, QueueOptions
@@ -60,6 +62,7 @@ class EngineOptions:
     max_context: int | None = None
     queue: QueueOptions = field(default_factory=QueueOptions)
     fairness: FairnessOptions = field(default_factory=FairnessOptions)
+    graphs: bool = True  # on a GPU, replay decode steps instead of calling the model
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,14 +128,23 @@ class Engine:
             options.queue, self._scheduler.waiting, max_batch_tokens=options.max_batch_tokens
         )
         self._scheduler.too_late = self._door.too_late
+        max_pages = self.cache.pages_for(self.max_context)
+        self._buffers: StepBuffers | None = None
+        if options.graphs and base.state.kernels.can_be_recorded:
+            self._buffers = StepBuffers(
+                max_sequences=options.max_batch_size, max_pages=max_pages, device=base.device
+            )
+        self._sizes = graph_sizes(options.max_batch_size)
         self._builder = BatchBuilder(
             max_tokens=options.max_batch_tokens,
             max_sequences=options.max_batch_size,
-            max_pages=self.cache.pages_for(self.max_context),
+            max_pages=max_pages,
             page_size=options.page_size,
             device=base.device,
+            buffers=self._buffers,
+            sizes=self._sizes,
         )
-        self._runner = ModelRunner(base, self.cache)
+        self._runner = ModelRunner(base, self.cache, graphs=self._buffers is not None)
         self._post = post
         self._observer = GuardedObserver(observer) if observer else NullObserver()
         self._sequences: dict[str, Sequence] = {}
@@ -146,6 +158,12 @@ class Engine:
         self.chores = Chores(self.wake)
         self._collector = Collector(base.eos_token_ids, self._end, self._observer)
         self._thread = threading.Thread(target=self._loop, name="hotswap-engine", daemon=True)
+
+    def record_graphs(self, progress: Progress = ignore_progress) -> None:
+        """Record the base's decode graphs, before `start`; those with adapters follow when first needed."""
+        if self._runner.graphs is not None and self._buffers is not None:
+            with torch.inference_mode():
+                record_sizes(self._runner.graphs, self._buffers, self._sizes, progress)
 
     def start(self) -> None:
         self._thread.start()

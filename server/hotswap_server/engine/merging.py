@@ -194,6 +194,8 @@ class MergedWeights:
     def __init__(self) -> None:
         self._merge: PreparedMerge | None = None
         self._in_use = False
+        self.serial = 0
+        """Counts the merges, so that what was recorded of an earlier one can be told."""
 
     @property
     def ref(self) -> AdapterRef | None:
@@ -203,6 +205,7 @@ class MergedWeights:
         """Let `merge` be the one that `use` means, or none; returns the one before."""
         self.use(False)
         before, self._merge = self._merge, merge
+        self.serial += 1
         return before
 
     def use(self, wanted: bool) -> None:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hotswap_server.engine.hidden import hide, project
 from hotswap_server.engine.quantization import QuantizedLinear
 from hotswap_server.kernels import Kernels, Projection
 
@@ -18,6 +19,14 @@ class ProjectionDelta(Protocol):
     """What a method adds to a group's output, in place: x [tokens, in_features], out [tokens, widths]."""
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None: ...
+
+
+class FusedDelta(ProjectionDelta, Protocol):
+    """A delta that a product may have inside."""
+
+    def project(self, projection: Projection, x: torch.Tensor) -> torch.Tensor | None:
+        """`projection` of `x` with this delta in it; None if the two go one after another."""
+        ...
 
 
 class InputTransform(Protocol):
@@ -58,13 +67,16 @@ class ProjectionGroup:
         self.names = tuple(names)
         self.widths = tuple(widths)
         self.offsets = tuple(sum(widths[:index]) for index in range(len(widths)))
+        self.width = sum(widths)
         self.in_features = in_features
+        self.handle: torch.Tensor | None = None  # where the compiler is not to look inside
         self.base_projection = projection
         self.projection = projection  # what runs: another one while an adapter is merged
         self.bias = bias
         self.correction: ProjectionDelta | None = None
         self.inputs: list[InputTransform] = []
         self.deltas: list[ProjectionDelta] = []
+        self.fused: FusedDelta | None = None  # the one of `deltas` that may be
         self._given: torch.Tensor | None = None
         self._out: torch.Tensor | None = None
 
@@ -106,26 +118,42 @@ class ProjectionGroup:
         self.run(None, None)
         self.inputs.clear()
         self.deltas.clear()
+        self.fused = None
 
     def project(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """The output of one member. The first to see a tensor computes all; the last forgets it."""
         if x is not self._given or self._out is None:
-            rows = x.reshape(-1, self.in_features)
-            for transform in self.inputs:
-                rows = transform(rows)
-            out = self.projection(rows)
-            if self.correction is not None:
-                self.correction(rows, out)
-            for delta in self.deltas:
-                delta(rows, out)
-            self._given, self._out = x, out.view(*x.shape[:-1], out.shape[-1])
+            self._given = x
+            self._out = self.compute(x) if self.handle is None else project(x, self.handle, self.width)
         out = self._out
-        if member == len(self.names) - 1:
+        if member == len(self.widths) - 1:
             self._given = self._out = None
-        if len(self.names) == 1:
+        if len(self.widths) == 1:
             return out
         start = self.offsets[member]
         return out[..., start : start + self.widths[member]]
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] -> [..., width], adapters included."""
+        rows = x.reshape(-1, self.in_features)
+        for transform in self.inputs:
+            rows = transform(rows)
+        out = None
+        if self.fused is not None and self.correction is None:
+            out = self.fused.project(self.projection, rows)
+        inside = None if out is None else self.fused
+        if out is None:
+            out = self.projection(rows)
+        if self.correction is not None:
+            self.correction(rows, out)
+        for delta in self.deltas:
+            if delta is not inside:
+                delta(rows, out)
+        return out.view(*x.shape[:-1], self.width)
+
+    def hide(self) -> None:
+        """Keep the compiler out of `compute`."""
+        self.handle = hide(self)
 
 
 class GroupedProjection(nn.Module):

@@ -15,6 +15,7 @@ from hotswap_server.core import Delta, Event, Failed, Finished, GenerateRequest,
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.calibration import Calibration, Calibrator
 from hotswap_server.engine.engine import Engine, EngineOptions, EngineStats, deliver
+from hotswap_server.engine.graphs import Progress, ignore_progress
 from hotswap_server.engine.merge_policy import MergePolicy
 from hotswap_server.engine.observer import EngineObserver, SeveralObservers
 from hotswap_server.engine.quiet_calibration import QuietCalibration
@@ -44,6 +45,7 @@ class EngineService:
         merge_observer: MergeObserver | None = None,
         calibration_observer: Callable[[Calibration], None] | None = None,
         calibrate_interval: float = 0.0,
+        progress: Progress = ignore_progress,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._num_streams = 0
@@ -70,6 +72,7 @@ class EngineService:
         )
         adapters.on_change = self._engine.wake
         adapters.cancel_users = self._engine.cancel_adapter
+        self._engine.record_graphs(progress)
         self._engine.start()
         if calibrate_interval:
             self._quiet.start()

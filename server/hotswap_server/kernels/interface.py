@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
 
+import numpy as np
 import torch
+
+PROMPT_TILE = 64
+"""Queries of one sequence that a GPU's program for prompts takes at most."""
+
+_SMALL_TILE, _LARGE_TILE = 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +32,16 @@ class TokenSlots:
     `index` is [tokens] int32, -1 where the token has no adapter of this method. `long` are runs of tokens
     that pay for a matrix product of their own; `rest` is `index` without them (-1 there), None when nothing
     remains. `used` has every slot in `index`, and may have more: whoever changes none of these is not run.
+    On a GPU `tiles` [tiles, 3] are those of `slot_tiles`, of up to `tile_rows` tokens each; one of no tokens
+    is to be passed over.
     """
 
     index: torch.Tensor
     rest: torch.Tensor | None
     long: tuple[Segment, ...]
     used: frozenset[int]
+    tiles: torch.Tensor | None = None
+    tile_rows: int = 0
 
     def at(self, rows: torch.Tensor) -> TokenSlots:
         """The same for `rows` [rows] int64 of the tokens alone. Waits for no device."""
@@ -134,7 +144,8 @@ class AttentionLayout:
     The first `num_decode` sequences have one query token each, and those tokens come first in the batch.
     `block_table` [sequences, max_pages] int32; `context` [sequences] int32 counts the tokens that a
     sequence's last query sees, itself included; `query_starts` has the first token of each, and the end.
-    `token_pages` and `token_offsets` [tokens] int64 say where the keys and values of the new tokens go.
+    `token_pages` and `token_offsets` [tokens] int64 say where the keys and values of the new tokens go. On a
+    GPU a sequence may be padding, with a context of 0 and a page of -1, and `prompts` are the `prompt_tiles`.
     """
 
     num_decode: int
@@ -144,6 +155,7 @@ class AttentionLayout:
     block_table: torch.Tensor
     token_pages: torch.Tensor
     token_offsets: torch.Tensor
+    prompts: torch.Tensor | None = None
 
 
 class Projection(Protocol):
@@ -160,6 +172,8 @@ class Kernels(Protocol):
     """The operations that differ between devices."""
 
     name: str
+    can_be_recorded: bool
+    """Whether a CUDA graph can hold them: they read nothing on the host that changes between steps."""
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         """Prepare `weight` [out_features, in_features]; the caller may free it afterwards."""
@@ -210,6 +224,12 @@ class Kernels(Protocol):
         """Add each token's low-rank update of `x` [tokens, in_features] to `out` [tokens, sum of widths]."""
         ...
 
+    def project_with_lora(
+        self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
+    ) -> torch.Tensor | None:
+        """`projection` of `x` with what `lora` would add, or None if they are better one after another."""
+        ...
+
     def bottleneck(
         self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
     ) -> None:
@@ -218,3 +238,41 @@ class Kernels(Protocol):
         `x` and `stream`, the residual stream, are [tokens, hidden_size] and contiguous.
         """
         ...
+
+
+def prompt_tiles(starts: Sequence[int], contexts: Sequence[int], num_decode: int) -> np.ndarray:
+    """The query tokens of sequences from `num_decode` on, in tiles of up to PROMPT_TILE of one sequence.
+
+    [tiles, 4] int32: sequence, first token in the batch, number of tokens, and the first one's position.
+    """
+    tiles = [
+        (
+            sequence,
+            token,
+            min(PROMPT_TILE, starts[sequence + 1] - token),
+            token - starts[sequence + 1] + length,
+        )
+        for sequence, length in enumerate(contexts)
+        if sequence >= num_decode
+        for token in range(starts[sequence], starts[sequence + 1], PROMPT_TILE)
+    ]
+    return np.array(tiles, np.int32).reshape(-1, 4)
+
+
+def slot_tiles(index: np.ndarray, rows: int | None = None) -> tuple[np.ndarray, int]:
+    """The tokens that have a slot, in tiles of one slot's, and how many a tile has at most: `rows`, if given.
+
+    `index` is that of `TokenSlots`; the tiles are [tiles, 3] int32: first token, number of tokens, slot.
+    """
+    bounds = np.flatnonzero(np.diff(index)) + 1
+    starts = np.concatenate(([0], bounds))
+    stops = np.concatenate((bounds, [len(index)]))
+    used = index[starts] >= 0
+    starts, stops = starts[used], stops[used]
+    if rows is None:
+        rows = _LARGE_TILE if len(starts) and (stops - starts).max() > _SMALL_TILE else _SMALL_TILE
+    counts = -(-(stops - starts) // rows)
+    run = np.repeat(np.arange(len(starts)), counts)
+    first = starts[run] + (np.arange(len(run)) - np.repeat(np.cumsum(counts) - counts, counts)) * rows
+    tiles = np.stack((first, np.minimum(rows, stops[run] - first), index[starts[run]]), axis=1)
+    return tiles.astype(np.int32), rows

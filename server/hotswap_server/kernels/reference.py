@@ -55,6 +55,7 @@ class ReferenceKernels:
     """Loops over sequences and adapters in Python: clear, and slow."""
 
     name = "reference"
+    can_be_recorded = False
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         return PlainProjection(weight, bias)
@@ -108,6 +109,11 @@ class ReferenceKernels:
     def lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots, out: torch.Tensor) -> None:
         for segment in slots.segments:
             lora_segment(x, bank, segment, out)
+
+    def project_with_lora(
+        self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
+    ) -> torch.Tensor | None:
+        return None
 
     def bottleneck(
         self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import structlog
 import torch
 
 from hotswap_server.errors import InvalidRequestError
@@ -10,7 +11,9 @@ from hotswap_server.kernels.interface import Kernels
 from hotswap_server.kernels.native import load_library
 from hotswap_server.kernels.reference import ReferenceKernels
 
-KERNEL_NAMES = ("auto", "native", "onednn", "reference")
+_log = structlog.get_logger(__name__)
+
+KERNEL_NAMES = ("auto", "native", "onednn", "triton", "reference")
 
 
 def select_kernels(device: torch.device, dtype: torch.dtype, name: str = "auto") -> Kernels:
@@ -21,6 +24,10 @@ def select_kernels(device: torch.device, dtype: torch.dtype, name: str = "auto")
     """
     if name not in KERNEL_NAMES:
         raise InvalidRequestError("kernels", f"must be one of {', '.join(KERNEL_NAMES)}, got {name!r}")
+    if device.type == "cuda" and name in ("auto", "triton"):
+        return _triton_kernels(required=name == "triton")
+    if name == "triton":
+        raise InvalidRequestError("kernels", f"triton serves a CUDA device; use 'auto' on {device}")
     plain_cpu = device.type == "cpu" and dtype == torch.float32
     if name in ("native", "onednn") and not plain_cpu:
         raise InvalidRequestError(
@@ -36,3 +43,14 @@ def select_kernels(device: torch.device, dtype: torch.dtype, name: str = "auto")
     if torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return OneDnnKernels()
     return ReferenceKernels()
+
+
+def _triton_kernels(*, required: bool) -> Kernels:
+    try:
+        from hotswap_server.kernels.triton import TritonKernels
+    except ImportError as error:
+        if required:
+            raise InvalidRequestError("kernels", f"triton is not installed ({error})") from None
+        _log.warning("triton_missing", reason=str(error), effect="a GPU runs much slower")
+        return ReferenceKernels()
+    return TritonKernels()

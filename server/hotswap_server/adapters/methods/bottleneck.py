@@ -99,6 +99,7 @@ class BottleneckBank:
             table.layouts[slot] = adapter.layout
             table.residuals[slot] = adapter.residual
             table.sizes[slot] = size
+        self._base.state.mark(METHOD.name, slot, adapter.weights.keys())
 
     def _allocate(self, block: Block) -> BottleneckTable:
         slots, size, hidden = self.num_slots, self._max_size, block.hidden_size
@@ -126,12 +127,14 @@ class BottleneckBank:
 
 
 class _BottleneckDelta:
+    method = "bottleneck"
+
     def __init__(self, state: StepState, table: BottleneckTable) -> None:
         self._state = state
         self._table = table
 
     def __call__(self, x: torch.Tensor, stream: torch.Tensor) -> None:
-        slots = self._state.slots.get(METHOD.name)
+        slots = self._state.slots.get(self.method)
         if slots is not None:
             self._state.kernels.bottleneck(stream, x, self._table, slots)
 

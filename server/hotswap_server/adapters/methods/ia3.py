@@ -64,6 +64,7 @@ class Ia3Bank:
             table.reset(slot)
             if (scale := adapter.input_scales.get(group.names[0])) is not None:
                 table.put(slot, 0, scale)
+        self._base.state.mark(METHOD.name, slot, {*adapter.output_scales, *adapter.input_scales})
 
 
 class _Scale:

@@ -12,7 +12,7 @@ from hotswap_server.adapters.scales import FeatureTable, ScaleTable, ShiftTable
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.projection import ProjectionGroup
 from hotswap_server.engine.sites import EmbeddingSite, OutputSite
-from hotswap_server.kernels import GroupedLora, TokenSlots
+from hotswap_server.kernels import GroupedLora, Projection, TokenSlots
 
 
 class LoraBank:
@@ -20,6 +20,7 @@ class LoraBank:
 
     def __init__(self, base: BaseModel, options: BankOptions) -> None:
         self.num_slots = options.num_slots
+        self._state = base.state
         self._places: list[_Place] = [
             *(_GroupPlace(base, options, group) for group in base.groups),
             *(_SitePlace(base, options, site) for site in base.biased),
@@ -30,6 +31,9 @@ class LoraBank:
     def put(self, slot: int, adapter: LoraAdapter) -> None:
         for place in self._places:
             place.put(slot, adapter)
+        parts = {"weights": adapter.weights, "scales": adapter.scales, "shifts": adapter.shifts}
+        touches = {(part, name) for part, values in parts.items() for name in values}
+        self._state.mark(NAME, slot, touches)
 
 
 def bank_bytes(base: BaseModel, options: BankOptions) -> int:
@@ -123,6 +127,17 @@ class _GroupPlace:
         self._touched = _with(self._touched, slot, ranked or any(name in adapter.shifts for name in names))
         if self._touched and self not in self._group.deltas:
             self._group.deltas.append(self)
+            self._group.fused = self
+
+    def project(self, projection: Projection, x: torch.Tensor) -> torch.Tensor | None:
+        """See `FusedDelta`."""
+        slots = self._base.state.slots_of(NAME, self._touched, at_logits=self._at_logits)
+        if slots is None or self._bank is None or self._ranked.isdisjoint(slots.used):
+            return None
+        out = self._base.state.kernels.project_with_lora(projection, x, self._bank, slots)
+        if out is not None:
+            self._outputs.apply(slots, out, self._group.bias)
+        return out
 
     def __call__(self, x: torch.Tensor, out: torch.Tensor) -> None:
         slots = self._base.state.slots_of(NAME, self._touched, at_logits=self._at_logits)

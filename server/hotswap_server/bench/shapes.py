@@ -1,0 +1,92 @@
+"""Bases of a known shape with random weights, and random adapters for them, made where they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from hotswap_server.adapters.methods.bottleneck import BottleneckAdapter, BottleneckWeights
+from hotswap_server.adapters.methods.lora.adapter import LoraAdapter
+from hotswap_server.engine.base import BaseModel
+from hotswap_server.engine.prefixes import Prefix
+from hotswap_server.kernels import Activation, BottleneckLayout
+
+_STD = 0.02
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama-8b": {
+        "vocab_size": 128256,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "tiny": {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    },
+}
+
+
+def random_model(shape: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """A Llama of `shape`, an entry of SHAPES."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    with device:
+        config = LlamaConfig(**SHAPES[shape])
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)  # type: ignore[no-untyped-call]
+    model.eval()
+    return cast(nn.Module, model)
+
+
+def random_lora(base: BaseModel, rank: int, targets: Sequence[str]) -> LoraAdapter:
+    weights = {
+        name: (_random(base, rank, in_features), _random(base, rank, out_features))
+        for name, (out_features, in_features) in base.linear_shapes.items()
+        if name.endswith(tuple(targets))
+    }
+    nbytes = sum(a.nbytes + b.nbytes for a, b in weights.values())
+    return LoraAdapter(weights, {}, {}, nbytes, 0, {})
+
+
+def random_bottleneck(base: BaseModel, size: int) -> BottleneckAdapter:
+    weights = {
+        f"{block.layer}.{block.place}_adapter": BottleneckWeights(
+            down=_random(base, size, block.hidden_size),
+            down_bias=_random(base, size),
+            up=_random(base, size, block.hidden_size),
+            up_bias=_random(base, block.hidden_size),
+        )
+        for block in base.blocks
+    }
+    nbytes = sum(entry.nbytes for entry in weights.values())
+    return BottleneckAdapter(weights, Activation.RELU, BottleneckLayout.HOULSBY, True, nbytes, 0, {})
+
+
+def random_prefix(base: BaseModel, tokens: int, digest: str) -> Prefix:
+    def rows() -> tuple[torch.Tensor, ...]:
+        return tuple(_random(base, site.kv_heads, tokens, site.head_dim) for site in base.attention)
+
+    return Prefix(digest, rows(), rows())
+
+
+def _random(base: BaseModel, *shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=base.dtype, device=base.device) * _STD
