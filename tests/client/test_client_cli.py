@@ -170,7 +170,7 @@ atexit.register(lambda: print("LOADED", sorted(heavy & set(sys.modules))))
         result = spawn(verbs, code, "--help")
         times.append(time.perf_counter() - start)
     assert result.returncode == 0
-    for verb in ("generate", "adapters", "serve", "train", "bench", "demo"):
+    for verb in ("generate", "adapters", "serve", "train", "bench", "demo", "top"):
         assert f" {verb} " in result.stdout
     assert "Generate text with the base model" in result.stdout
     assert "LOADED []" in result.stdout

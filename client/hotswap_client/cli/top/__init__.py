@@ -1,0 +1,1 @@
+"""`hotswap top`: a server's metrics as a live view."""
