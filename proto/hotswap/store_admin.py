@@ -97,10 +97,7 @@ def set_alias(storage: Storage, name: AdapterName, alias: str, target: Target | 
         except ValueError as error:
             raise StoreChangeError(f"{name}: {error}") from None
 
-    there = versions(storage, name)
-    if not there:
-        raise StoreChangeError(f"the store has no adapter {name}")
-    _require(name, target, there)
+    _require(name, target, _there(storage, name))
     return _change(storage, name, lambda table: alias, change)
 
 
@@ -112,7 +109,7 @@ def roll_back(storage: Storage, name: AdapterName, alias: str | None = None) -> 
     Raises:
         StoreChangeError: there is nothing to go back to.
     """
-    there = versions(storage, name)
+    there = _there(storage, name)
 
     def chosen(table: AliasTable) -> str:
         return alias or table.default
@@ -195,6 +192,13 @@ def _read_aliases(storage: Storage, name: AdapterName) -> tuple[AliasTable, str 
         raise StoreChangeError(
             f"{name}: {ALIASES_FILE} {error}; remove the file and set the aliases again"
         ) from None
+
+
+def _there(storage: Storage, name: AdapterName) -> list[int]:
+    there = versions(storage, name)
+    if not there:
+        raise StoreChangeError(f"the store has no adapter {name}")
+    return there
 
 
 def _require(name: AdapterName, wanted: Target | None, there: Sequence[int]) -> None:

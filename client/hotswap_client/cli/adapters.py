@@ -1,4 +1,4 @@
-"""List the server's adapters and move them between store and device."""
+"""Move a server's adapters between store and device, and change what a store holds."""
 
 from __future__ import annotations
 
