@@ -193,6 +193,32 @@ def test_evaluation_data_of_its_own(flags, tmp_path):
     assert data["eval_sha256"] == hashlib.sha256(held_out.read_bytes()).hexdigest()
 
 
+def test_a_run_publishes_to_a_url(flags, s3_url, capsys):
+    from hotswap.layout import MANIFEST_FILE
+    from hotswap.manifest import MAX_MANIFEST_BYTES, Manifest
+    from hotswap.storage import open_storage
+
+    flags["output"] = s3_url
+    published = train(configure(flags))
+    assert published.path == f"{s3_url}/acme/task/1"
+    storage = open_storage(s3_url)
+    assert {path.partition("/")[0] for path in storage.files("")} == {"acme"}, (
+        "nothing of the trial write is left"
+    )
+    manifest = Manifest.parse(storage.read(f"acme/task/1/{MANIFEST_FILE}", MAX_MANIFEST_BYTES).data)
+    assert manifest.files.keys() == {
+        *("adapter_config.json", "adapter_model.safetensors", "README.md", "training.json", "loss.png")
+    }
+    assert json.loads(storage.read("acme/task/1/training.json", 1 << 20).data)["options"]["output"] == s3_url
+
+
+def test_a_url_that_cannot_be_written_is_refused_before_the_training(flags, s3_server):
+    with pytest.raises(OptionError, match=r"--output: s3://nobody-has-this/x cannot be written"):
+        train(configure({**flags, "output": "s3://nobody-has-this/x"}))
+    with pytest.raises(OptionError, match=r"--output: gs://b/x cannot be .*pip install 'hotswap\[gcs\]'"):
+        train(configure({**flags, "output": "gs://b/x"}))
+
+
 def test_a_store_that_fails_at_the_end_costs_no_training(flags, monkeypatch, capsys):
     from hotswap_trainer import run
 

@@ -33,7 +33,10 @@ class TrainOptions:
 
     data: Path = option(help="JSONL file: prompt+completion, messages, or text on each line.", group=RUN)
     name: str = option(help="The adapter's name: tenant/task.", group=RUN)
-    output: Path = option(help="The store; the result becomes a new version in it.", group=RUN)
+    output: Path | str = option(
+        help="The store, a directory or a URL such as s3://…; the result becomes a new version in it.",
+        group=RUN,
+    )
     method: str = option("lora", help="How the adapter changes the base.", group=RUN)
     base: str = option("smollm2", help="A transformers directory, a hub id, or smollm2.", group=RUN)
     seed: int = option(0, help="Seed of the split, the order, the initial weights and dropout.", group=RUN)

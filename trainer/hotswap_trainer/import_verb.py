@@ -9,6 +9,7 @@ import typer
 from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
 from hotswap.layout import PublishError
 from hotswap.names import AdapterName, InvalidAdapterNameError
+from hotswap.storage import StorageError
 
 from hotswap_trainer.errors import CheckpointError
 
@@ -16,7 +17,12 @@ from hotswap_trainer.errors import CheckpointError
 def import_adapter(
     directory: Annotated[Path, typer.Argument(help="What AdapterHub's save_adapter wrote.")],
     name: Annotated[str, typer.Option(help="The adapter's name here: TENANT/NAME.")],
-    store: Annotated[Path, typer.Option(help="The store; the adapter becomes a new version in it.")],
+    store: Annotated[
+        str,
+        typer.Option(
+            help="The store, a directory or a URL such as s3://…; the adapter becomes a new version in it."
+        ),
+    ],
     base: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +41,7 @@ def import_adapter(
         raise typer.BadParameter(str(error), param_hint="--name") from None
     except (BaseNotFoundError, BaseConversionError) as error:
         raise typer.BadParameter(str(error), param_hint="--base") from None
-    except (CheckpointError, PublishError, OSError) as error:
+    except (CheckpointError, PublishError, StorageError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(2) from None
     typer.echo(f"{parsed}@{version} is in {store}")

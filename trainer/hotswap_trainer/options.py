@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
 import yaml
+from hotswap.layout import is_url
 
 from hotswap_trainer.errors import OptionError
 
 OptionsT = TypeVar("OptionsT")
+
+Location = Path | str
+"""A directory, or a URL that is kept as text."""
 
 # What an option that has no default has instead of one.
 _REQUIRED: Any = dataclasses.MISSING
@@ -23,9 +27,10 @@ _REQUIRED: Any = dataclasses.MISSING
 def option(default: Any = _REQUIRED, *, help: str, group: str = "Method", short: str | None = None) -> Any:
     """A dataclass field that is an option. `short` is a second spelling, such as `--lr`.
 
-    Supported types: bool, int, float, str, Path, Literal of strings, `tuple[str, ...]` (comma-separated or a
-    YAML list), `tuple[int, ...]` (likewise, with ranges such as `0-5`), `dict[str, int]` and
-    `dict[str, float]` (repeated `KEY=VALUE` or a YAML mapping), and `… | None`.
+    Supported types: bool, int, float, str, Path, `Path | str` (a directory, or a URL as text), Literal of
+    strings, `tuple[str, ...]` (comma-separated or a YAML list), `tuple[int, ...]` (likewise, with ranges such
+    as `0-5`), `dict[str, int]` and `dict[str, float]` (repeated `KEY=VALUE` or a YAML mapping), and
+    `… | None`.
     """
     return dataclasses.field(default=default, metadata={"help": help, "group": group, "short": short})
 
@@ -57,7 +62,7 @@ class OptionSpec:
     def metavar(self) -> str:
         if typing.get_origin(self.type) is Literal:
             return "|".join(typing.get_args(self.type))
-        names = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT"}
+        names = {int: "INTEGER", float: "NUMBER", Path: "PATH", str: "TEXT", Location: "DIR|URL"}
         return names.get(self.type, "KEY=VALUE" if self.repeatable else "A,B,…")
 
 
@@ -133,7 +138,8 @@ def as_json(options: Any) -> dict[str, Any]:
 
 def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (part for part in typing.get_args(hint) if part is not type(None))
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        return Location if parts == [Path, str] else parts[0]
     return hint
 
 
@@ -169,6 +175,10 @@ def _to_text(value: Any, _: Any) -> str:
 
 def _to_path(value: Any, hint: Any) -> Path:
     return Path(value) if isinstance(value, Path) else Path(_to_text(value, hint)).expanduser()
+
+
+def _to_location(value: Any, hint: Any) -> Path | str:
+    return value if isinstance(value, str) and is_url(value) else _to_path(value, hint)
 
 
 def _to_choice(value: Any, hint: Any) -> Any:
@@ -218,6 +228,7 @@ _COERCIONS: dict[Any, Any] = {
     float: _to_float,
     str: _to_text,
     Path: _to_path,
+    types.UnionType: _to_location,
     Literal: _to_choice,
     tuple: _to_tuple,
     dict: _to_dict,

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from hotswap.bases import BaseConversionError, BaseNotFoundError, resolve_base
-from hotswap.layout import PublishError, publish, version_path
+from hotswap.layout import PublishError, publish, version_location, version_path
+from hotswap.names import AdapterName
+from hotswap.storage import StorageError, open_storage
 from rich.console import Console
 
 from hotswap_trainer.config import Run, compute_dtype
@@ -29,7 +31,7 @@ class Published:
     """A run's result in the store."""
 
     version: int
-    path: Path
+    path: Path | str  # a URL where the store is one
     report: Report
 
 
@@ -91,11 +93,23 @@ def _train(run: Run, rank: int, console: Console) -> Published | None:
     report = Report(run, parameters, data, eval_data, len(train_examples), len(eval_examples), outcome)
     version = _publish(run, Trained(model, tokenizer, options.base, compute_dtype(options)), report)
     work.remove()
-    return Published(version, version_path(options.output, run.name, version), report)
+    return Published(version, _location(options.output, run.name, version), report)
 
 
-def _check_writable(store: Path) -> None:
+def _location(store: Path | str, name: AdapterName, version: int) -> Path | str:
+    if isinstance(store, Path):
+        return version_path(store, name, version)
+    return version_location(store, name, version)
+
+
+def _check_writable(store: Path | str) -> None:
     """Find out before the training that the store can be written."""
+    if isinstance(store, str):
+        try:
+            open_storage(store).check_writable()
+        except StorageError as error:
+            raise OptionError(f"--output: {store} cannot be written: {error}") from error
+        return
     existing = next(path for path in (store, *store.absolute().parents) if path.exists())
     try:
         tempfile.TemporaryDirectory(prefix=".hotswap-", dir=existing).cleanup()
@@ -166,7 +180,8 @@ def _count(model: Any) -> Parameters:
 
 def _identity(run: Run, base: Path, data: Dataset, eval_data: Dataset | None) -> dict[str, Any]:
     """What makes two commands the same run. Data counts by content, a base by its configuration and sizes."""
-    options = as_json(replace(run.options, output=run.options.output.absolute()))
+    output = run.options.output
+    options = as_json(replace(run.options, output=output.absolute() if isinstance(output, Path) else output))
     for name in ("data", "eval_data", "resume", "work_dir"):
         del options[name]
     return {
@@ -209,7 +224,7 @@ def _publish(run: Run, trained: Trained, report: Report) -> int:
 
     try:
         return publish(run.options.output, run.name, write, required=run.method.files)
-    except (PublishError, OSError) as error:
+    except (PublishError, StorageError, OSError) as error:
         raise OptionError(
             f"--output: cannot publish into {run.options.output}: {error}; "
             "checkpoints are kept: mend the store and give the same command again"

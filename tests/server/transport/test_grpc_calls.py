@@ -8,7 +8,8 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from hotswap.v1 import common_pb2, inference_pb2
+from hotswap.aliases import Target
+from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 from hotswap_server.core import SamplingParams
 from structlog.testing import capture_logs
 
@@ -248,3 +249,65 @@ async def test_a_stop_fails_what_does_not_finish_in_time(serving, refusal_of):
         assert refusal.details["ErrorInfo"].reason == "DRAINING"
         await asyncio.wait_for(stopping, 5)
         assert s.engine.running == 0
+
+
+@pytest.mark.parametrize(
+    ("adapter", "version", "expected"),
+    [
+        ("acme/support", None, 3),
+        ("acme/support", 2, 2),
+        ("acme/support@2", None, 2),
+        ("acme/support@stable", None, 1),
+    ],
+)
+async def test_an_adapter_is_named_with_its_version_or_alias(serving, adapter, version, expected):
+    async with serving() as s:
+        for number in (1, 2, 3):
+            s.engine.adapters.add("acme/support", number)
+        s.engine.adapters.aliases["acme/support@stable"] = Target(1)
+        wanted = {"adapter": adapter, "version": version}
+        reply = await s.inference.Generate(inference_pb2.GenerateRequest(input=text(), **wanted))
+        assert reply.completion.adapter.version == expected
+        assert reply.completion.adapter.name == "acme/support"
+        scored = await s.inference.Score(inference_pb2.ScoreRequest(text="abc", **wanted))
+        assert scored.adapter.version == expected
+        shown = await s.admin.GetAdapter(adapters_pb2.GetAdapterRequest(name=adapter, version=version))
+        assert shown.adapter.version == expected
+
+
+async def test_a_routing_key_fixes_the_choice_of_a_canary(serving):
+    async with serving() as s:
+        for number in (1, 2):
+            s.engine.adapters.add("acme/support", number)
+        target = s.engine.adapters.aliases["acme/support@stable"] = Target(1, 2, 40)
+
+        async def version(**options):
+            request = inference_pb2.GenerateRequest(input=text(), adapter="acme/support@stable", **options)
+            return (await s.inference.Generate(request)).completion.adapter.version
+
+        keys = [f"user-{i}" for i in range(12)]
+        assert [await version(routing_key=key) for key in keys] == [
+            target.choose(key, "acme/support@stable") for key in keys
+        ]
+        assert {await version() for _ in range(60)} == {1, 2}, "without a key each request chooses"
+        shown = await s.admin.GetAdapter(adapters_pb2.GetAdapterRequest(name="acme/support@stable"))
+        assert shown.adapter.version == 1, "never the canary"
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (inference_pb2.GenerateRequest(adapter="acme/support@2", version=2), "version"),
+        (inference_pb2.GenerateRequest(adapter="acme/support@stable", version=2), "version"),
+        (inference_pb2.GenerateRequest(adapter="acme/support@Stable"), "adapter"),
+        (inference_pb2.GenerateRequest(adapter="acme/support@"), "adapter"),
+        (inference_pb2.GenerateRequest(adapter="@stable"), "adapter"),
+        (inference_pb2.GenerateRequest(routing_key="k" * 257), "routing_key"),
+    ],
+)
+async def test_a_reference_that_makes_no_sense_is_refused(serving, refusal_of, request_, field):
+    async with serving() as s:
+        request_.input.CopyFrom(text())
+        refusal = await refusal_of(s.inference.Generate(request_))
+        assert refusal.code is grpc.StatusCode.INVALID_ARGUMENT
+        assert refusal.details["BadRequest"].field_violations[0].field == field

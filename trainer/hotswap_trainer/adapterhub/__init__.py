@@ -50,7 +50,12 @@ class Converted:
 
 
 def import_adapter(
-    directory: Path, name: AdapterName, store: Path, *, base: Path | None = None, label: str | None = None
+    directory: Path,
+    name: AdapterName,
+    store: Path | str,
+    *,
+    base: Path | None = None,
+    label: str | None = None,
 ) -> int:
     """Convert a directory that AdapterHub wrote and publish it as the next version of `name`.
 
@@ -58,7 +63,7 @@ def import_adapter(
 
     Raises:
         CheckpointError: the checkpoint means something that we do not compute, or is broken.
-        PublishError, OSError: the store cannot be written.
+        PublishError, StorageError, OSError: the store cannot be written.
     """
     return publish(store, name, convert(directory, base=base, label=label).write)
 

@@ -54,6 +54,8 @@ class Full(Method[FullOptions]):
         trained.tokenizer.save_pretrained(str(directory))
 
     def serving(self, run: TrainOptions, path: Path | str) -> str:
+        if isinstance(run.output, str):
+            return f"hotswap serve --base DIR, with a copy of {path} in DIR"
         return f"hotswap serve --base {path}"
 
     def loading(self) -> str:
