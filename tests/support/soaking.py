@@ -222,7 +222,7 @@ class Soak:
 
     async def hurry(self, chosen: random.Random) -> None:
         question, count, options = self._request(chosen)
-        deadline = chosen.choice((0.001, 0.01, 0.03, 0.1))
+        deadline = chosen.choice((0.003, 0.03, 0.3, 1.0))
         async with self._judged("hurry", options, Code.DEADLINE_EXCEEDED):
             result = await self.client.generate(**options, timeout=deadline)
             self._check(question, result.digest, result.token_ids, count, result.version, options)
