@@ -12,6 +12,7 @@ from urllib.parse import quote
 import grpc
 
 from hotswap_client._calls import Call, Default
+from hotswap_client._trace import trace_context
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever its service config says
@@ -94,12 +95,13 @@ class Settings:
         return {"timeout": timeout, "metadata": self._metadata(call.adapter)}
 
     def _metadata(self, adapter: str) -> tuple[tuple[str, str], ...]:
-        """What a call carries: the adapter's name for proxies that route by it, and the API key."""
+        """What a call carries: the adapter's name for proxies that route by it, the trace, the API key."""
         # Metadata is ASCII; a plain `tenant/name` stays as it is.
         routing = (("x-adapter", quote(adapter, safe="/@")),)
+        carried = (*routing, *trace_context())
         if self.api_key is None:
-            return routing
-        return (*routing, ("authorization", f"Bearer {self.api_key}"))
+            return carried
+        return (*carried, ("authorization", f"Bearer {self.api_key}"))
 
     def channel_options(self) -> list[tuple[str, str | int]]:
         """gRPC's own retries: they end with the first message received, so no output is ever repeated."""

@@ -26,6 +26,7 @@ from hotswap_server.engine.base import BaseModel, load_base
 from hotswap_server.engine.compiling import compile_layers
 from hotswap_server.engine.engine import EngineOptions
 from hotswap_server.engine.fairness import FairnessOptions
+from hotswap_server.engine.observer import EngineObserver, SeveralObservers
 from hotswap_server.engine.overload import QueueOptions
 from hotswap_server.engine.service import EngineService
 from hotswap_server.errors import BaseModelError, HotswapError, InvalidRequestError
@@ -40,8 +41,10 @@ from hotswap_server.security.setup import (
     exposure_warnings,
     open_security,
 )
+from hotswap_server.tracing import TracingSettingsError, check_tracing, open_tracing
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+_FLUSH_S: Final = 5.0  # that the last spans may take to reach their collector
 _CGROUP_LIMIT: Final = Path("/sys/fs/cgroup/cpu.max")
 
 logger = structlog.stdlib.get_logger(__name__)
@@ -64,6 +67,7 @@ class Loaded:
     num_stored: int
     started: float
     security: Security
+    collector: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +123,9 @@ def load(settings: ServeSettings) -> Loaded:
     try:
         check_ports(settings)
         security = open_security(settings)
+        collector = check_tracing(settings.otlp_endpoint)
+    except TracingSettingsError as error:
+        raise StartupError(f"{error.name}: {error}") from error
     except (PortError, SecuritySettingsError) as error:
         raise StartupError(f"{flag_of(error.field)}: {error}") from error
     for warning in exposure_warnings(settings):
@@ -149,19 +156,23 @@ def load(settings: ServeSettings) -> Loaded:
         raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
     except (HotswapError, BaseNotFoundError, BaseConversionError) as error:
         raise StartupError(str(error)) from error
-    return Loaded(settings, base, tokenizer, adapters, metrics, kernels.name, num_stored, started, security)
+    return Loaded(
+        settings, base, tokenizer, adapters, metrics, kernels.name, num_stored, started, security, collector
+    )
 
 
 async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.Event | None = None) -> None:
     """Serve what was loaded until it is asked to stop; see `serve`."""
     settings, metrics = loaded.settings, loaded.metrics
+    tracing = None if loaded.collector is None else open_tracing(loaded.collector, version=_version())
+    observer: EngineObserver = metrics if tracing is None else SeveralObservers(metrics, tracing)
     try:
         engine = EngineService(
             loaded.base,
             loaded.tokenizer,
             loaded.adapters,
             _engine_options(settings),
-            observer=metrics,
+            observer=observer,
             merging=MergeOptions(settings.merge_policy, settings.merge_share, settings.merge_window),
             merge_observer=metrics,
             calibration_observer=metrics.calibrated,
@@ -191,6 +202,7 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         admin=address_of(settings, "admin_port"),
         health_check=address_of(settings, "health_port"),
         reflect=not loaded.security.access.required if settings.reflection is None else settings.reflection,
+        tracing=tracing,
     )
     scraped: MetricsServer | None = None
     stop = asyncio.Event() if stop is None else stop
@@ -226,6 +238,8 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         if scraped is not None:
             await asyncio.to_thread(scraped.close)
         await asyncio.to_thread(engine.close)
+        if tracing is not None:
+            await tracing.close(_FLUSH_S)
 
 
 async def _stop(server: GrpcServer, drain_timeout: float, again: asyncio.Event) -> None:

@@ -185,6 +185,10 @@ class ServeSettings(BaseSettings):
         "info", description="Least severe log line."
     )
     log_format: Literal["json", "console"] = Field("console", description="Form of a log line.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector that takes spans by gRPC, http(s)://HOST:4317; default: none.",
+    )
 
     @field_validator("tenant_weights", mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from hotswap_server.errors import InvalidRequestError
 
@@ -122,6 +123,19 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class Trace:
+    """The call that a traced request belongs to: the trace's id in hex, and its span's context for children.
+
+    It began at `started_ns` of the epoch, which was `started` on the clock of `time.perf_counter`.
+    """
+
+    id: str
+    parent: Any
+    started_ns: int
+    started: float
+
+
+@dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """Generate from `prompt_ids`. `adapter` None means the base model.
 
@@ -138,6 +152,7 @@ class GenerateRequest:
     resolve_seconds: float = 0.0
     tenant: str = ""
     deadline: float | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +167,7 @@ class ScoreRequest:
     resolve_seconds: float = 0.0
     tenant: str = ""
     deadline: float | None = None
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,6 +51,21 @@ async def test_leaving_the_iterator_cancels(service):
     await idle(service)
 
 
+async def test_an_event_for_a_stream_that_has_left_harms_no_other(service, monkeypatch):
+    sinks, submit = [], service._engine.submit
+
+    def submitted(request, sink):
+        sinks.append(sink)
+        submit(request, sink)
+
+    monkeypatch.setattr(service._engine, "submit", submitted)
+    events = service.generate(request(1000))
+    await anext(events)
+    await events.aclose()
+    sinks[0](Delta((1,), "late"))  # or those behind it in the step's events would not be delivered
+    await idle(service)
+
+
 async def test_an_answer_that_nobody_reads_is_kept_up_to_a_share_and_then_given_up(service, monkeypatch):
     monkeypatch.setattr("hotswap_server.engine.service.MAX_UNREAD", 20)
     monkeypatch.setattr("hotswap_server.engine.service._LEAST_UNREAD", 10)

@@ -144,5 +144,6 @@ class Collector:
                 ttft=None if first is None else first - sequence.arrived,
                 inter_token=tuple(sequence.inter_token),
                 adapter=sequence.request.adapter,
+                trace=sequence.request.trace,
             )
         )

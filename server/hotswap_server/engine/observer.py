@@ -8,7 +8,7 @@ from typing import Protocol
 
 import structlog
 
-from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings
+from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings, Trace
 
 _log = structlog.get_logger(__name__)
 
@@ -47,6 +47,7 @@ class RequestRecord:
     ttft: float | None
     inter_token: tuple[float, ...]
     adapter: AdapterRef | None = None
+    trace: Trace | None = None
 
 
 class EngineObserver(Protocol):

@@ -110,7 +110,10 @@ class EngineService:
         unread = asyncio.Event()
 
         def keep(event: Event) -> None:
-            if events.qsize() <= max(MAX_UNREAD // self._num_streams, _LEAST_UNREAD):
+            share = MAX_UNREAD // max(
+                self._num_streams, 1
+            )  # the last stream may have left before its last event
+            if events.qsize() <= max(share, _LEAST_UNREAD):
                 events.put_nowait(event)
             elif not unread.is_set():
                 unread.set()

@@ -184,6 +184,7 @@ def _tell(info: AdapterInfo) -> None:
     call = current_call()
     call.method = method_label(info.ref.method)
     call.facts["version"] = info.ref.version
+    call.digest = info.ref.digest
 
 
 def _newest_and(

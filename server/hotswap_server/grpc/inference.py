@@ -99,6 +99,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 resolve_seconds=seconds,
                 tenant=current_call().principal.name,
                 deadline=_deadline(context),
+                trace=current_call().trace,
             )
         )
         current_call().facts |= {"path": result.path.value, "prompt_tokens": result.num_prompt_tokens}
@@ -125,6 +126,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             resolve_seconds=seconds,
             tenant=current_call().principal.name,
             deadline=_deadline(context),
+            trace=current_call().trace,
         )
 
     async def _resolve(self, reference: AdapterReference | None, key: str) -> tuple[AdapterRef | None, float]:
@@ -139,6 +141,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         call = current_call()
         call.method = method_label(ref.method)
         call.facts["version"] = ref.version
+        call.digest = ref.digest
         return ref, time.perf_counter() - began
 
     async def _events(self, request: GenerateRequest) -> AsyncGenerator[Delta | Finished, None]:

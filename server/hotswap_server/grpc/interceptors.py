@@ -16,10 +16,12 @@ import grpc
 import structlog
 from hotswap.v1 import inference_pb2
 
+from hotswap_server.core import Trace
 from hotswap_server.errors import OverloadedError
 from hotswap_server.grpc.status import TimeLimitError, status_of
 from hotswap_server.metrics import UNKNOWN, Metrics
 from hotswap_server.security.principals import ANYBODY, Principal
+from hotswap_server.tracing import CallSpan, Tracing
 
 API_PREFIX: Final = "/hotswap.v1."
 REQUEST_ID_KEY: Final = "x-request-id"
@@ -38,10 +40,17 @@ class CallInfo:
     rpc: str
     request_id: str
     method: str = UNKNOWN
+    digest: str = ""
     facts: dict[str, object] = field(default_factory=dict)
+    span: CallSpan | None = None
     principal: Principal = ANYBODY
     spend: Callable[[int], None] = lambda tokens: None
     """Takes the numbers of tokens that the call uses, as it uses them."""
+
+    @property
+    def trace(self) -> Trace | None:
+        """What the call's request is traced under, if it is."""
+        return None if self.span is None else self.span.trace
 
 
 _current: ContextVar[CallInfo] = ContextVar("hotswap_call")
@@ -93,8 +102,17 @@ class CallLoad:
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps the handlers of the API; those of health and reflection stay as they are."""
 
-    def __init__(self, metrics: Metrics, *, max_seconds: float, max_calls: int, max_bytes: int) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        *,
+        max_seconds: float,
+        max_calls: int,
+        max_bytes: int,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._tracing = tracing
         self._max_seconds = max_seconds
         self._load = CallLoad(max_calls, max_bytes)
         self._in_flight = 0
@@ -114,7 +132,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         name: str = handler_call_details.method
         if handler is None or not name.startswith(API_PREFIX):
             return handler  # type: ignore[no-any-return]
-        rpc = name.rpartition("/")[2]
+        rpc = name.removeprefix("/")
         serializers = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -139,17 +157,22 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     @asynccontextmanager
     async def _call(self, rpc: str, context: Any, data: bytes) -> AsyncIterator[None]:
-        call = CallInfo(rpc, _request_id(context))
+        call = CallInfo(rpc.rpartition("/")[2], _request_id(context))
         _current.set(call)
+        if self._tracing is not None:
+            metadata = context.invocation_metadata() or ()
+            call.span = self._tracing.start(rpc, metadata, request_id=call.request_id)
+            if call.trace is not None:
+                call.facts["trace_id"] = call.trace.id
         started = time.monotonic()
         code = grpc.StatusCode.OK
-        self._started(rpc)
+        self._started(call.rpc)
         context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
         try:
             with structlog.contextvars.bound_contextvars(request_id=call.request_id):
                 try:
                     async with asyncio.timeout(self._max_seconds) as limit:
-                        with self._load.taken(rpc, len(data)):
+                        with self._load.taken(call.rpc, len(data)):
                             yield
                 except asyncio.CancelledError:
                     code = _code_of_cancellation(context)
@@ -179,7 +202,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self._in_flight -= 1
         if self._in_flight == 0:
             self._idle.set()
-        self._metrics.call_ended(call.rpc, call.method, code.name, seconds)
+        self._metrics.call_ended(call.rpc, call.method, code.name, seconds, call.trace)
+        if call.span is not None:
+            call.span.end(code.name, method=call.method, digest=call.digest, facts=call.facts)
         logger.info(
             "call",
             rpc=call.rpc,

@@ -24,6 +24,7 @@ from hotswap_server.metrics import Metrics
 from hotswap_server.security.access import Access
 from hotswap_server.security.setup import Security
 from hotswap_server.security.tls import ServerCertificates
+from hotswap_server.tracing import Tracing
 
 SERVICES: Final = (
     inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name,
@@ -83,13 +84,18 @@ class GrpcServer:
         admin: Address | None = None,
         health_check: Address | None = None,
         reflect: bool = True,
+        tracing: Tracing | None = None,
     ) -> None:
         self._engine = engine
         self._security = security or Security(Access())
         self._encoder = InputEncoder(engine.tokenizer, engine.base.vocab_size)
         self._store = StoreCalls(store_timeout)
         self._calls = CallInterceptor(
-            metrics, max_seconds=max_timeout, max_calls=max_calls, max_bytes=max_inflight_bytes
+            metrics,
+            max_seconds=max_timeout,
+            max_calls=max_calls,
+            max_bytes=max_inflight_bytes,
+            tracing=tracing,
         )
         self._guard = AccessInterceptor(self._security.access)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final
 
+from hotswap_server.core import Trace
 from hotswap_server.metrics.families import Families
-from hotswap_server.metrics.labels import UNKNOWN
+from hotswap_server.metrics.labels import UNKNOWN, exemplar
 
 _INFERENCE: Final = ("Generate", "GenerateStream", "Score")
 _CODES: Final = (
@@ -33,7 +34,7 @@ class CallMetrics:
     def started(self, rpc: str) -> None:
         self._in_flight.labels(rpc).inc()
 
-    def ended(self, rpc: str, method: str, code: str, seconds: float) -> None:
+    def ended(self, rpc: str, method: str, code: str, seconds: float, trace: Trace | None = None) -> None:
         self._in_flight.labels(rpc).dec()
         self._requests.labels(rpc, method, code).inc()
-        self._seconds.labels(rpc, method).observe(seconds)
+        self._seconds.labels(rpc, method).observe(seconds, exemplar(trace))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from hotswap_server.core import BASE_METHOD, FinishReason, ServingPath
+from hotswap_server.core import BASE_METHOD, FinishReason, ServingPath, Trace
 from hotswap_server.errors import EngineError, HotswapError, RequestCancelledError
 
 UNKNOWN: Final = "unknown"
@@ -33,6 +33,11 @@ def method_label(method: str) -> str:
 
 def error_reason(error: BaseException) -> str:
     return error.reason if isinstance(error, HotswapError) else "INTERNAL"
+
+
+def exemplar(trace: Trace | None) -> dict[str, str] | None:
+    """What a histogram, scraped as OpenMetrics, shows beside a bucket: a trace that fell into it."""
+    return None if trace is None else {"trace_id": trace.id}
 
 
 def methods_and_paths(methods: Iterable[str]) -> Iterator[tuple[str, str]]:

@@ -16,6 +16,7 @@ from hotswap_server.metrics.labels import (
     SCORED,
     FirstNames,
     error_reason,
+    exemplar,
     method_label,
     methods_and_paths,
 )
@@ -93,14 +94,14 @@ class RequestMetrics:
         if record.error is not None:  # its prompt may not have been read, and its times say little
             return
         children.prompt_tokens.inc(record.num_prompt_tokens)
-        timings = record.timings
-        children.queue.observe(timings.queue)
-        children.load.observe(timings.load)
-        children.prefill.observe(timings.prefill)
-        children.decode.observe(timings.decode)
-        children.end_to_end.observe(timings.queue + timings.load + timings.prefill + timings.decode)
+        timings, trace = record.timings, exemplar(record.trace)
+        children.queue.observe(timings.queue, trace)
+        children.load.observe(timings.load, trace)
+        children.prefill.observe(timings.prefill, trace)
+        children.decode.observe(timings.decode, trace)
+        children.end_to_end.observe(timings.queue + timings.load + timings.prefill + timings.decode, trace)
         if record.ttft is not None:
-            children.ttft.observe(record.ttft)
+            children.ttft.observe(record.ttft, trace)
         self._inter_token.observe(labels, record.inter_token)
 
     def _count_names(self, record: RequestRecord) -> None:
