@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Exemplar
 from prometheus_client.utils import floatToGoString
 
 
@@ -15,6 +17,7 @@ from prometheus_client.utils import floatToGoString
 class _Series:
     counts: list[int]  # one per bucket, +Inf last; not cumulated
     total: float = 0.0
+    exemplars: dict[int, Exemplar] = field(default_factory=dict)  # by bucket
 
 
 class BulkHistogram(Collector):
@@ -37,7 +40,10 @@ class BulkHistogram(Collector):
         """Show the series of these label values before it has anything."""
         self._series.setdefault(labels, _Series([0] * len(self._bounds)))
 
-    def observe(self, labels: tuple[str, ...], values: Iterable[float]) -> None:
+    def observe(
+        self, labels: tuple[str, ...], values: Sequence[float], exemplar: dict[str, str] | None = None
+    ) -> None:
+        """Add `values`; `exemplar` goes to the bucket of the largest."""
         if labels not in self._series:
             self.touch(*labels)
         series, buckets = self._series[labels], self._buckets
@@ -46,13 +52,19 @@ class BulkHistogram(Collector):
             counts[bisect_left(buckets, value)] += 1
             total += value
         series.total = total
+        if exemplar is not None and values:
+            worst = max(values)
+            series.exemplars[bisect_left(buckets, worst)] = Exemplar(exemplar, worst, time.time())
 
     def collect(self) -> Iterable[Metric]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for labels, series in list(self._series.items()):
-            cumulated, below = [], 0
-            for bound, count in zip(self._bounds, list(series.counts), strict=True):
+            cumulated: list[tuple[str, float] | tuple[str, float, Exemplar]] = []
+            below = 0
+            for index, (bound, count) in enumerate(zip(self._bounds, list(series.counts), strict=True)):
                 below += count
-                cumulated.append((bound, float(below)))
+                example = series.exemplars.get(index)
+                bucket = bound, float(below)
+                cumulated.append(bucket if example is None else (*bucket, example))
             family.add_metric(labels, cumulated, series.total)
         return [family]

@@ -102,7 +102,7 @@ class RequestMetrics:
         children.end_to_end.observe(timings.queue + timings.load + timings.prefill + timings.decode, trace)
         if record.ttft is not None:
             children.ttft.observe(record.ttft, trace)
-        self._inter_token.observe(labels, record.inter_token)
+        self._inter_token.observe(labels, record.inter_token, trace)
 
     def _count_names(self, record: RequestRecord) -> None:
         if record.adapter is None:

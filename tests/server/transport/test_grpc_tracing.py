@@ -184,7 +184,8 @@ async def test_the_callers_sampling_holds_and_exemplars_name_traces(served, expo
         await s.inference.Generate(unary(), metadata=(("traceparent", "00-not-a-trace"),))
         plain = await scraped(s, openmetrics=False)
     assert len({span.context.trace_id for span in calls_of(exporter)}) == 2
-    for name in ("request", "time_to_first_token", "end_to_end", "queue", "prefill", "decode"):
+    names = ("request", "time_to_first_token", "inter_token", "end_to_end", "queue", "prefill", "decode")
+    for name in names:
         lines = [line for line in page.splitlines() if line.startswith(f"hotswap_{name}_seconds_bucket")]
         assert any(f'# {{trace_id="{TRACE}"}}' in line for line in lines), name
     assert "trace_id" not in plain
