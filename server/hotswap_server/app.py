@@ -319,6 +319,7 @@ def _engine_options(settings: ServeSettings) -> EngineOptions:
             max_tokens=settings.max_queue_tokens,
             early_refusal=settings.early_refusal,
         ),
+        step_timeout=settings.step_timeout,
         fairness=FairnessOptions(
             input_token_weight=settings.input_token_weight,
             output_token_weight=settings.output_token_weight,

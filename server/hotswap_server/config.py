@@ -152,6 +152,9 @@ class ServeSettings(BaseSettings):
     max_inflight_bytes: ByteSize = Field(
         ByteSize(256 << 20), ge=1024, description="Most bytes of requests that are being answered."
     )
+    step_timeout: float = Field(
+        120.0, gt=0, description="Seconds after which a step counts as stuck and health as NOT_SERVING."
+    )
     max_timeout: float = Field(3600.0, gt=0, description="Longest that a call may take, in seconds.")
     max_message_bytes: ByteSize = Field(
         ByteSize(8 << 20), ge=1024, le=2**31 - 1, description="Largest request message in bytes."
@@ -212,7 +215,13 @@ class ServeSettings(BaseSettings):
         return names
 
     @field_validator(
-        "store_refresh", "load_deadline", "merge_window", "max_timeout", "drain_timeout", "calibrate_interval"
+        "store_refresh",
+        "load_deadline",
+        "step_timeout",
+        "merge_window",
+        "max_timeout",
+        "drain_timeout",
+        "calibrate_interval",
     )
     @classmethod
     def _finite(cls, value: float) -> float:

@@ -79,6 +79,12 @@ class RequestCancelledError(HotswapError):
     reason = "CANCELLED"
 
 
+class AdapterQuarantinedError(HotswapError):
+    """The adapter gave logits that are not finite, and is served no more."""
+
+    reason = "ADAPTER_QUARANTINED"
+
+
 class AdapterUnloadedError(HotswapError):
     """The adapter was unloaded, by an operator who did not wait for its requests."""
 

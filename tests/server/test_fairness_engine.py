@@ -41,7 +41,7 @@ class Load:
 
     def send(self) -> None:
         number = next(_ids)
-        sent_at, sent_in, seen = time.perf_counter(), len(self.running.recorder.steps), []
+        sent_at, sent_in, seen = time.thread_time(), len(self.running.recorder.steps), []
         self.num_open += 1
 
         def sink(event: Event) -> None:
@@ -50,7 +50,7 @@ class Load:
             elif not seen:
                 seen.append(event)
                 self.first_token_steps.append(len(self.running.recorder.steps) - sent_in)
-                self.first_token_seconds.append(time.perf_counter() - sent_at)
+                self.first_token_seconds.append(time.thread_time() - sent_at)
 
         params = SamplingParams(max_new_tokens=self.new, temperature=0.0, ignore_eos=True)
         prompt = tuple(random_prompt(self.prompt, seed=number))
@@ -92,7 +92,11 @@ def test_the_light_tenants_first_tokens_come_within_twice_the_steps(llama_base, 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_the_light_tenants_first_tokens_come_within_twice_the_time(smollm2, tmp_path):
-    """Prompts take more than a step: what others add is the rest of theirs, and steps have a limit."""
+    """Prompts take more than a step: what others add is the rest of theirs, and steps have a limit.
+
+    The time is that of the engine's thread, which computes all alone here, so that a busy machine does not
+    matter.
+    """
     cpu = torch.device("cpu")
     base = load_base(smollm2, kernels=select_kernels(cpu, torch.float32), device=cpu, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(smollm2)

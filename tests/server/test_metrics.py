@@ -101,7 +101,16 @@ def test_a_step_is_timed_by_what_it_did(metrics, prefill, decode, phase):
 
 def test_gauges_are_read_when_scraped(metrics):
     load = SimpleNamespace(
-        running=1, waiting=2, kv_pages_used=3, kv_pages_total=4, kv_pages_prefixes=1, preemptions=9
+        running=1,
+        waiting=2,
+        kv_pages_used=3,
+        kv_pages_total=4,
+        kv_pages_prefixes=1,
+        preemptions=9,
+        sound=True,
+        steps_failed=5,
+        steps_stuck=1,
+        adapters_quarantined=2,
     )
     slots = {"lora": SlotStats(1, 16, 0, 0)}
     host = HostStats(10, 20, 1, 3, 4)

@@ -23,7 +23,16 @@ def exercised() -> Metrics:
     metrics = Metrics(tenants=True)
     metrics.describe_build(version="1", torch="2", device="cpu", base="smollm2")
     load = SimpleNamespace(
-        running=1, waiting=2, kv_pages_used=3, kv_pages_total=4, kv_pages_prefixes=1, preemptions=0
+        running=1,
+        waiting=2,
+        kv_pages_used=3,
+        kv_pages_total=4,
+        kv_pages_prefixes=1,
+        preemptions=0,
+        sound=True,
+        steps_failed=0,
+        steps_stuck=0,
+        adapters_quarantined=0,
     )
     metrics.watch_engine(lambda: load)
     metrics.watch_adapters(

@@ -170,6 +170,7 @@ class Running:
             tokenizer,
             self.adapters,
             EngineOptions(kv_cache_bytes=kv_pages * page_bytes, page_size=page_size, **options),
+            quarantine=self.adapters.quarantine,
             observer=observer or self.recorder,
         )
         self.merges = Merges(self.adapters, base, self.engine.between_steps, observer=self.recorder)

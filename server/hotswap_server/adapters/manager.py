@@ -20,6 +20,7 @@ from hotswap_server.adapters.method import (
 )
 from hotswap_server.adapters.patterns import pattern_budget
 from hotswap_server.adapters.placement import Placement
+from hotswap_server.adapters.quarantine import Quarantine
 from hotswap_server.adapters.residency import (
     AdapterInfo,
     AdapterObserver,
@@ -92,6 +93,8 @@ class AdapterManager:
         self.release = self._placement.release
         self.lender = Lender(base, methods, options, self._placement)
         self.adapters_in_memory = self._placement.adapters_in_memory
+        self.quarantine = Quarantine()
+        """What is not served though the store has it; for the engine to fill and to ask."""
         self.on_change: Callable[[], None] = lambda: None
         self.cancel_users: Callable[[AdapterRef], None] = lambda ref: None
 
@@ -165,6 +168,8 @@ class AdapterManager:
             if facts is None and (adapter := self._cache.peek(ref.digest)) is not None:
                 facts, residency = Facts.of(adapter), Residency.HOST
         error = error or self._loader.failure(ref.digest)
+        if error is None and ref in self.quarantine:
+            error = self.quarantine.error(ref)
         return AdapterInfo(
             ref=ref,
             residency=residency,
@@ -287,6 +292,7 @@ class AdapterManager:
         Raises:
             AdapterInUseError: requests use it and `in_use` is REFUSE, or it is pinned or merged.
         """
+        self.quarantine.release(name, version)
         return unload(
             self._placement,
             name,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from hotswap_server.core import Delta, Event, Failed, Finished, FinishReason, Scored, ScoreRequest
+from hotswap_server.core import AdapterRef, Delta, Event, Failed, Finished, FinishReason, Scored, ScoreRequest
 from hotswap_server.engine.observer import EngineObserver, RequestRecord
 from hotswap_server.engine.sampler import Sampled, SamplingRow, describe_logprob, sample
 from hotswap_server.engine.scheduler import Scheduled
@@ -21,6 +21,11 @@ class Collector:
     def __init__(
         self, eos_token_ids: frozenset[int], end: Callable[[Sequence], None], observer: EngineObserver
     ) -> None:
+        self.on_poison: Callable[[AdapterRef], None] = lambda ref: None
+        """Called after a step for an adapter of which a row was not finite, if the base's were."""
+        self._poisoned: list[AdapterRef | None] = []  # in this step
+        self._num_finite = 0  # requests in this step
+        self._base_failed = False  # and nothing has been finite since
         self._eos_token_ids = eos_token_ids
         self._end = end
         self._observer = observer
@@ -33,6 +38,7 @@ class Collector:
 
     def collect(self, batch: list[Scheduled], rows_per_entry: list[int], logits: torch.Tensor) -> None:
         """Use the `logits` [rows, vocabulary] of a step, of which each entry has its count in order."""
+        self._num_finite, self._poisoned = 0, []
         indices: list[int] = []
         generating: list[Sequence] = []
         offset = 0
@@ -52,7 +58,10 @@ class Collector:
             if sampled is None:
                 self._fail_without_logits(sequence)
             else:
+                self._num_finite += 1
                 self._append(sequence, sampled)
+        if self._poisoned or self._base_failed:
+            self._blame()
 
     def fail(self, sequence: Sequence, error: Exception) -> None:
         """End a sequence with an error."""
@@ -67,7 +76,20 @@ class Collector:
 
     def _fail_without_logits(self, sequence: Sequence) -> None:
         who = sequence.request.adapter or "the base"
+        self._poisoned.append(sequence.request.adapter)
         self.fail(sequence, EngineError(f"{who} gave no finite logits for this input"))
+
+    def _blame(self) -> None:
+        poisoned, self._poisoned = self._poisoned, []
+        if self._num_finite:
+            self._base_failed = False
+        self._base_failed |= None in poisoned
+        refs = {ref for ref in poisoned if ref is not None}
+        # Where the base fails too, or all do at once, no adapter is to blame.
+        if self._base_failed or (len(refs) > 1 and not self._num_finite):
+            return
+        for ref in refs:
+            self.on_poison(ref)
 
     def _append(self, sequence: Sequence, sampled: Sampled) -> None:
         now = time.perf_counter()
@@ -105,6 +127,7 @@ class Collector:
         if not logits.amax(dim=-1).isfinite().all():
             self._fail_without_logits(sequence)
             return
+        self._num_finite += len(logits) > 0
         position = max(first, request.score_from - 1)
         for row in logits:
             target = request.prompt_ids[position + 1]

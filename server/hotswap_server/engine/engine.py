@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import structlog
 import torch
 
+from hotswap_server.adapters.quarantine import Quarantine
 from hotswap_server.core import (
     AdapterRef,
     Event,
     GenerateRequest,
+    SamplingParams,
     ScoreRequest,
 )
 from hotswap_server.engine.admission import admit
@@ -25,11 +28,13 @@ from hotswap_server.engine.batch import BatchBuilder
 from hotswap_server.engine.buffers import StepBuffers
 from hotswap_server.engine.chores import Chores
 from hotswap_server.engine.collector import Collector
-from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.graphs import Progress, graph_sizes, ignore_progress, record_sizes
+from hotswap_server.engine.health import EngineHealth, Watchdog
 from hotswap_server.engine.kv_cache import PagedKVCache
-from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, StepRecord
-from hotswap_server.engine.overload import Displacement, Doorkeeper, QueueOptions
+from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, step_record
+from hotswap_server.engine.options import EngineOptions as EngineOptions
+from hotswap_server.engine.options import EngineStats as EngineStats
+from hotswap_server.engine.overload import Displacement, Doorkeeper
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.runner import ModelRunner
 from hotswap_server.engine.scheduler import Plan, Scheduler
@@ -40,6 +45,7 @@ from hotswap_server.errors import (
     AdapterUnloadedError,
     DrainingError,
     EngineError,
+    HotswapError,
     InvalidRequestError,
 )
 
@@ -49,32 +55,6 @@ _log = structlog.get_logger(__name__)
 
 Post = Callable[[list[tuple[EventSink, Event]]], None]
 """Delivers the events of one step."""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineOptions:
-    """Limits fixed at start. Sizes are in tokens, sequences or bytes as their names say."""
-
-    max_batch_size: int = 64
-    max_batch_tokens: int = 512
-    page_size: int = 16
-    kv_cache_bytes: int = 2**30
-    max_context: int | None = None
-    queue: QueueOptions = field(default_factory=QueueOptions)
-    fairness: FairnessOptions = field(default_factory=FairnessOptions)
-    graphs: bool = True  # on a GPU, replay decode steps instead of calling the model
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStats:
-    """A moment's counts."""
-
-    running: int
-    waiting: int
-    kv_pages_used: int
-    kv_pages_total: int
-    kv_pages_prefixes: int  # of those used, the ones that prefixes hold, whoever runs
-    preemptions: int
 
 
 def deliver(events: list[tuple[EventSink, Event]]) -> None:
@@ -94,6 +74,7 @@ class Engine:
         options: EngineOptions | None = None,
         *,
         post: Post = deliver,
+        quarantine: Quarantine | None = None,
         observer: EngineObserver | None = None,
     ) -> None:
         options = options or EngineOptions()
@@ -157,7 +138,13 @@ class Engine:
         self._woken = False
         self.chores = Chores(self.wake)
         self._collector = Collector(base.eos_token_ids, self._end, self._observer)
+        self._collector.on_poison = self._poisoned
+        self.quarantine = Quarantine() if quarantine is None else quarantine
+        self.health = EngineHealth()
         self._thread = threading.Thread(target=self._loop, name="hotswap-engine", daemon=True)
+        self._watchdog = Watchdog(
+            self.health, self._thread, step_timeout=options.step_timeout, probe=self._probe
+        )
 
     def record_graphs(self, progress: Progress = ignore_progress) -> None:
         """Record the base's decode graphs, before `start`; those with adapters follow when first needed."""
@@ -167,6 +154,7 @@ class Engine:
 
     def start(self) -> None:
         self._thread.start()
+        self._watchdog.start()
 
     def drain(self) -> None:
         """Refuse new requests from now on; those inside go on."""
@@ -178,6 +166,7 @@ class Engine:
         with self._changed:
             self._draining = self._stopping = True
             self._changed.notify()
+        self._watchdog.stop()
         if self._thread.is_alive():
             self._thread.join()
 
@@ -194,11 +183,14 @@ class Engine:
             InvalidRequestError: see `admit`.
             OverloadedError: the queue is full.
             DeadlineTooShortError: it cannot be done before its deadline.
+            AdapterQuarantinedError: its adapter is served no more.
             DrainingError: the engine takes no more requests.
         """
         sequence = admit(
             request, sink, self.tokenizer, max_context=self.max_context, vocab_size=self.base.vocab_size
         )
+        if request.adapter is not None:
+            self.quarantine.check(request.adapter)
         with self._changed:
             if self._draining:
                 raise DrainingError("the server is shutting down; send the request to another one")
@@ -264,6 +256,10 @@ class Engine:
             kv_pages_total=pages.num_pages,
             kv_pages_prefixes=self._prefixes.num_pages,
             preemptions=self._scheduler.num_preemptions,
+            sound=self.health.sound,
+            steps_failed=self.health.num_failed,
+            steps_stuck=self.health.num_stuck,
+            adapters_quarantined=self.quarantine.num_added,
         )
 
     def tenants(self) -> dict[str, tuple[int, int]]:
@@ -284,19 +280,22 @@ class Engine:
     def _loop(self) -> None:
         with torch.inference_mode():
             while True:
-                with self._changed:
-                    self._woken = False
-                    self._take_messages()
-                    if self._stopping:
-                        break
+                self.health.began()
+                good: bool | None = None
                 try:
-                    busy = self._advance()
+                    with self._changed:
+                        self._woken = False
+                        self._take_messages()
+                        if self._stopping:
+                            break
+                    good = self._advance()
                 except Exception:
                     _log.exception("engine_failed", requests=len(self._sequences))
                     self._fail_all(EngineError("the engine failed; see the server's log"))
-                    busy = False
+                    good = False
                 self._flush()
-                busy = self.chores.run_one() or busy
+                self.health.ended(good=good)
+                busy = self.chores.run_one() or good is not None
                 if not busy:
                     with self._changed:
                         self._changed.wait_for(lambda: self._inbox or self._woken or self._stopping)
@@ -304,14 +303,12 @@ class Engine:
         self._fail_all(DrainingError("the server shut down before the request was finished"))
         self._flush()
 
-    def _advance(self) -> bool:
-        """Plan and run one step; False if there was nothing to run."""
+    def _advance(self) -> bool | None:
+        """Plan and run one step; whether that went well, None if there was nothing to run."""
         plan = self._scheduler.schedule()
         for sequence, error in plan.failed:
             self._collector.fail(sequence, error)
-        if plan.batch:
-            self._step(plan)
-        return bool(plan.batch)
+        return self._step(plan) if plan.batch else None
 
     def _fail_all(self, error: EngineError | DrainingError) -> None:
         for sequence in list(self._sequences.values()):
@@ -337,7 +334,7 @@ class Engine:
                 self._collector.cancel(gone)
         self._door.entered()
 
-    def _step(self, plan: Plan) -> None:
+    def _step(self, plan: Plan) -> bool:
         started = time.perf_counter()
         merged = self.base.merged.ref
         for entry in plan.batch:
@@ -352,28 +349,26 @@ class Engine:
             for entry in plan.batch:
                 if entry.sequence.id in self._sequences:
                     self._collector.fail(entry.sequence, error)
-            return
-        decode = sum(entry.num_new == 1 for entry in plan.batch)
-        tokens: Counter[AdapterRef | None] = Counter()
-        for entry in plan.batch:
-            tokens[entry.sequence.request.adapter] += entry.num_new
-        stats = self.stats()
-        seconds = time.perf_counter() - started
-        self._door.step(seconds, tokens.total())
-        self._observer.step(
-            StepRecord(
-                seconds=seconds,
-                num_prefill_tokens=sum(entry.num_new for entry in plan.batch) - decode,
-                num_decode_tokens=decode,
-                batch_size=len(plan.batch),
-                distinct_adapters=len(tokens.keys() - {None}),
-                running=stats.running,
-                waiting=stats.waiting,
-                kv_pages_used=stats.kv_pages_used,
-                kv_pages_total=stats.kv_pages_total,
-                adapter_tokens=tokens,
-            )
-        )
+            return False
+        stats, seconds = self.stats(), time.perf_counter() - started
+        self._door.step(seconds, sum(entry.num_new for entry in plan.batch))
+        self._observer.step(step_record(plan.batch, seconds, stats))
+        return True
+
+    def _poisoned(self, ref: AdapterRef) -> None:
+        """Serve an adapter no more, and its requests no further."""
+        _log.error("adapter_quarantined", adapter=str(ref), digest=ref.digest)
+        self.quarantine.add(ref)
+        for sequence in list(self._sequences.values()):
+            if sequence.request.adapter is not None and sequence.request.adapter.digest == ref.digest:
+                self._collector.fail(sequence, self.quarantine.error(sequence.request.adapter))
+
+    def _probe(self) -> None:
+        """One token of the base, to see whether steps work again when nobody else asks."""
+        if self.idle:
+            with suppress(HotswapError):
+                sampling = SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
+                self.submit(GenerateRequest(f"probe-{secrets.token_hex(8)}", (0,), sampling), lambda _: None)
 
     def _end(self, sequence: Sequence) -> None:
         sequence.enter(Stage.DECODE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -9,6 +10,8 @@ from typing import Protocol
 import structlog
 
 from hotswap_server.core import AdapterRef, FinishReason, ServingPath, Timings, Trace
+from hotswap_server.engine.options import EngineStats
+from hotswap_server.engine.scheduler import Scheduled
 
 _log = structlog.get_logger(__name__)
 
@@ -28,6 +31,26 @@ class StepRecord:
     kv_pages_total: int
     adapter_tokens: Mapping[AdapterRef | None, int] = field(default_factory=dict)
     """The step's tokens by adapter, None being the base."""
+
+
+def step_record(batch: list[Scheduled], seconds: float, stats: EngineStats) -> StepRecord:
+    """The record of a step that took `seconds`."""
+    decode = sum(entry.num_new == 1 for entry in batch)
+    tokens: Counter[AdapterRef | None] = Counter()
+    for entry in batch:
+        tokens[entry.sequence.request.adapter] += entry.num_new
+    return StepRecord(
+        seconds=seconds,
+        num_prefill_tokens=tokens.total() - decode,
+        num_decode_tokens=decode,
+        batch_size=len(batch),
+        distinct_adapters=len(tokens.keys() - {None}),
+        running=stats.running,
+        waiting=stats.waiting,
+        kv_pages_used=stats.kv_pages_used,
+        kv_pages_total=stats.kv_pages_total,
+        adapter_tokens=tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)

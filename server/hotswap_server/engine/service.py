@@ -62,8 +62,17 @@ class EngineService:
             policy = MergePolicy(share=merging.share, window_s=merging.window_s)
             observers.append(AutoMerge(policy, self.merges))
         self._engine = Engine(
-            base, tokenizer, adapters, options, post=self._post, observer=SeveralObservers(*observers)
+            base,
+            tokenizer,
+            adapters,
+            options,
+            post=self._post,
+            quarantine=adapters.quarantine,
+            observer=SeveralObservers(*observers),
         )
+        self.on_health: Callable[[bool], None] = lambda sound: None
+        """Called on the event loop when the engine breaks, with False, and when it works again."""
+        self._engine.health.on_change = self._health_changed
         self.adapters = adapters
         self.calibrator = Calibrator(self._engine, adapters.lender, self._calibrated)
         self._on_calibration = calibration_observer
@@ -178,6 +187,10 @@ class EngineService:
         self._quiet.note(calibration)
         if self._on_calibration is not None:
             self._on_calibration(calibration)
+
+    def _health_changed(self, sound: bool) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(lambda: self.on_health(sound))
 
     def _post(self, events: list[tuple[EventSink, Event]]) -> None:
         # One call a step: each wakes the loop through a pipe.

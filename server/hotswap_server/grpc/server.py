@@ -118,6 +118,7 @@ class GrpcServer:
                 reflection.enable_server_reflection((SERVICES[0], *shared), self._main)
                 reflection.enable_server_reflection((SERVICES[1], *shared), self._admin)
         self._refreshing: asyncio.Task[None] | None = None
+        self._telling: set[asyncio.Future[None]] = set()
 
     def _new_server(self) -> grpc.aio.Server:
         server = grpc.aio.server(
@@ -155,11 +156,24 @@ class GrpcServer:
             probed = _listen(self._probed, self._health_address, None)
         for service in ("", *SERVICES):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self._engine.on_health = self._health_changed
         for server in self._servers:
             await server.start()
         if self._security.access.required:
             self._refreshing = asyncio.create_task(self._refresh())
         return Bound(bound, admin, probed)
+
+    def _health_changed(self, sound: bool) -> None:
+        """On the event loop. A server that stops stays NOT_SERVING; AdapterService needs no engine."""
+        status = health_pb2.HealthCheckResponse
+        answer = status.SERVING if sound else status.NOT_SERVING
+        task = asyncio.ensure_future(self._set_health(answer))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
+    async def _set_health(self, answer: health_pb2.HealthCheckResponse.ServingStatus.ValueType) -> None:
+        for service in ("", SERVICES[0]):
+            await self._health.set(service, answer)
 
     async def _refresh(self) -> None:
         """Take over changes of the keys file, within a second."""

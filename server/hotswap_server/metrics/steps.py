@@ -33,6 +33,18 @@ class EngineLoad(Protocol):
     @property
     def preemptions(self) -> int: ...
 
+    @property
+    def sound(self) -> bool: ...
+
+    @property
+    def steps_failed(self) -> int: ...
+
+    @property
+    def steps_stuck(self) -> int: ...
+
+    @property
+    def adapters_quarantined(self) -> int: ...
+
 
 class StepMetrics:
     """Called on the engine's thread after every step, so all series are looked up beforehand."""
@@ -83,11 +95,19 @@ class EngineCollector(Collector):
             ("kv_pages", "Pages of the key-value cache.", load.kv_pages_total),
             ("kv_pages_used", "Those in use, prefixes' included.", load.kv_pages_used),
             ("kv_pages_prefixes", "Those that prefixes hold, whoever runs.", load.kv_pages_prefixes),
+            ("engine_sound", "1, or 0 while steps fail one after another or one is stuck.", load.sound),
         )
         for name, text, value in gauges:
             yield GaugeMetricFamily(f"hotswap_{name}", text, value)
-        yield CounterMetricFamily(
-            "hotswap_preemptions",
-            "Requests that gave their pages back to be computed anew.",
-            load.preemptions,
+        counters = (
+            ("preemptions", "Requests that gave their pages back to be computed anew.", load.preemptions),
+            ("steps_failed", "Steps that raised.", load.steps_failed),
+            ("steps_stuck", "Steps that took longer than step_timeout.", load.steps_stuck),
+            (
+                "adapters_quarantined",
+                "Adapters whose logits were not finite.",
+                load.adapters_quarantined,
+            ),
         )
+        for name, text, value in counters:
+            yield CounterMetricFamily(f"hotswap_{name}", text, value)

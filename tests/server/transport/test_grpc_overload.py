@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 from hotswap_server.errors import DeadlineTooShortError, OverloadedError
 
@@ -78,3 +80,20 @@ async def test_the_engine_learns_the_deadline_of_a_call_and_who_asks(serving, ti
                 assert seen.deadline is None
             else:
                 assert 0 < seen.deadline - time.perf_counter() <= timeout + 1, "gRPC rounds it up"
+
+
+async def test_health_follows_the_engine_and_operators_can_still_act(serving):
+    check = health_pb2.HealthCheckRequest
+    answer = health_pb2.HealthCheckResponse
+    async with serving() as s:
+        health = health_pb2_grpc.HealthStub(s.channel)
+
+        async def statuses() -> list[int]:
+            names = ("", "hotswap.v1.InferenceService", "hotswap.v1.AdapterService")
+            return [(await health.Check(check(service=name))).status for name in names]
+
+        for sound in (False, True, False):
+            s.engine.on_health(sound)
+            await asyncio.sleep(0)
+            expected = answer.SERVING if sound else answer.NOT_SERVING
+            assert await statuses() == [expected, expected, answer.SERVING]

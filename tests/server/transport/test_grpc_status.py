@@ -25,6 +25,7 @@ def text(prompt: str = "hi") -> common_pb2.Input:
     [
         (errors.AdapterNotFoundError("no", adapter="a/b"), Code.NOT_FOUND, "ADAPTER_NOT_FOUND", False),
         (errors.AdapterInvalidError("no"), Code.FAILED_PRECONDITION, "ADAPTER_INVALID", False),
+        (errors.AdapterQuarantinedError("no"), Code.FAILED_PRECONDITION, "ADAPTER_QUARANTINED", False),
         (errors.AdapterInUseError("no"), Code.FAILED_PRECONDITION, "ADAPTER_IN_USE", False),
         (errors.AdapterUnloadedError("no"), Code.CANCELLED, errors.AdapterUnloadedError.reason, False),
         (errors.AdapterDamagedError("no"), Code.FAILED_PRECONDITION, "ADAPTER_DAMAGED", False),
