@@ -213,7 +213,10 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
             preload, loaded.adapters, pinned=settings.pin or (), names=settings.preload or ()
         )
         if settings.calibrate:
-            await asyncio.wrap_future(engine.calibrator.calibrate())
+            try:
+                await asyncio.wrap_future(engine.calibrator.calibrate())
+            except HotswapError as error:  # it serves as well without
+                logger.warning("methods_not_calibrated", reason=str(error))
         bound = await server.start(settings.host, settings.port)
         with _StopSignals(stop) as signals:
             described = _describe(loaded, engine, bound)
