@@ -25,6 +25,14 @@ def bench(
     quantize: Annotated[
         str | None, typer.Option(help="nf4, fp4 or int8: hold the base so, on both sides.")
     ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps of a base of this shape and random weights: llama-8b or tiny, see --device."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where --shape runs: cuda or cpu.")] = "cuda",
+    eager: Annotated[bool, typer.Option("--eager", help="With --shape: without compiled layers.")] = False,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts and adapters.")] = 0,
 ) -> None:
@@ -36,12 +44,15 @@ def bench(
     from hotswap_server.errors import HotswapError
 
     console = Console()
+    if shape is not None:
+        _write(output, _measure_shape(console, shape, device, eager))
+        return
     try:
         path = resolve_base(base)
     except (BaseNotFoundError, BaseConversionError) as error:
         typer.echo(f"hotswap bench: {error}", err=True)
         raise typer.Exit(2) from None
-    shape = Shape(prompt_tokens, new_tokens, rank)
+    sizes = Shape(prompt_tokens, new_tokens, rank)
     try:
         with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
             if mix:
@@ -51,7 +62,7 @@ def bench(
                     Path(store),
                     adapters,
                     requests or 8,
-                    shape,
+                    sizes,
                     repeat,
                     kernels,
                     quantize,
@@ -59,12 +70,35 @@ def bench(
                 )
             else:
                 cases = default_cases(adapters, requests or 16)
-                figures = _measure(console, path, Path(store), cases, shape, repeat, kernels, quantize, seed)
+                figures = _measure(console, path, Path(store), cases, sizes, repeat, kernels, quantize, seed)
     except HotswapError as error:
         typer.echo(f"hotswap bench: {error}", err=True)
         raise typer.Exit(2) from None
+    _write(output, figures)
+
+
+def _write(output: Path | None, figures: Any) -> None:
     if output is not None:
         output.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def _measure_shape(console: Any, shape: str, device: str, eager: bool) -> Any:
+    import torch
+
+    from hotswap_server.bench.gpu import measure_gpu, print_gpu
+    from hotswap_server.bench.shapes import SHAPES
+
+    if shape not in SHAPES:
+        typer.echo(f"hotswap bench: --shape must be one of {', '.join(SHAPES)}, got {shape!r}", err=True)
+        raise typer.Exit(2)
+    if device not in ("cuda", "cpu") or (device == "cuda" and not torch.cuda.is_available()):
+        typer.echo(f"hotswap bench: --device {device}: torch sees no such device here; give cpu", err=True)
+        raise typer.Exit(2)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with console.status("starting") as status:
+        figures = measure_gpu(shape, torch.device(device), dtype, eager=eager, tell=status.update)
+    print_gpu(console, figures)
+    return figures
 
 
 def _measure_mix(

@@ -15,7 +15,7 @@ from hotswap_server.adapters.method import BankOptions
 from hotswap_server.bench.workload import Requests, Run
 from hotswap_server.core import Delta, Event, Failed, GenerateRequest, SamplingParams
 from hotswap_server.engine.base import BaseModel
-from hotswap_server.engine.engine import Engine
+from hotswap_server.engine.engine import Engine, EngineOptions
 
 _Timed = queue.SimpleQueue[tuple[int, float, Event]]
 
@@ -25,13 +25,22 @@ class EngineSide:
 
     name = "hotswap"
 
-    def __init__(self, base: BaseModel, tokenizer: Any, store: Path, slots: int, rank: int) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        tokenizer: Any,
+        store: Path,
+        slots: int,
+        rank: int,
+        options: EngineOptions | None = None,
+    ) -> None:
         self._manager = AdapterManager(
             AdapterManager.open_store(str(store)), base, BankOptions(num_slots=slots, max_lora_rank=rank)
         )
-        self._engine = Engine(base, tokenizer, self._manager)
+        self._engine = Engine(base, tokenizer, self._manager, options)
         self._merges = Merges(self._manager, base, self._engine.between_steps)
         self._manager.on_change = self._engine.wake
+        self._engine.record_graphs()
         self._engine.start()
         self._sent = 0
 

@@ -9,7 +9,7 @@ import triton.language as tl
 from hotswap_server.kernels.interface import PROMPT_TILE
 
 _PROGRAMS_WANTED = 256  # about two for each multiprocessor of a large GPU
-_MAX_SPLITS = 32
+_MAX_SPLITS = 16
 
 
 @triton.jit
@@ -321,7 +321,7 @@ def attend_tokens(
             D=head_dim,
             D_PAD=d_pad,
             SPLITS=splits,
-            num_warps=2,
+            num_warps=4,
         )
 
 

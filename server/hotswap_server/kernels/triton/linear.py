@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from hotswap_server.kernels.interface import GroupedLora
+from hotswap_server.kernels.triton.early import early, start_next
 from hotswap_server.kernels.triton.rows import LORA_PART, RANKS, narrow, new_hidden
 
 
@@ -44,7 +45,9 @@ def _linear_kernel(
     RANKS: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_next(EARLY)
     pid = tl.program_id(0)
     if pid < NARROW:
         narrow(
@@ -162,6 +165,7 @@ def linear(
         RANKS=RANKS,
         PARTS=parts,
         PART=LORA_PART,
+        EARLY=early(x)["EARLY"],
         num_warps=cut.warps,
         num_stages=cut.stages,
     )

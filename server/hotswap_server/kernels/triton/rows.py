@@ -12,6 +12,7 @@ import triton.language as tl
 
 from hotswap_server.kernels.interface import BottleneckTable, GroupedLora
 from hotswap_server.kernels.triton.activations import activate
+from hotswap_server.kernels.triton.early import early, start_next, wait_for_previous
 
 MAX_TOKENS = 64
 RANKS = 16  # of a narrow product that one program computes
@@ -125,6 +126,7 @@ def _wide_member(
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     rank = tl.load(ranks + slot * MEMBERS + MEMBER)
     n = block * BLOCK + tl.arange(0, BLOCK)
@@ -132,6 +134,7 @@ def _wide_member(
     rows = b + slot * MAX_RANK * WIDTH + n[None, :]
     inside = (r < MAX_RANK)[:, None] & (n < WIDTH)[None, :]
     weights = tl.load(rows + r[:, None] * WIDTH, mask=inside, other=0.0)
+    wait_for_previous(EARLY)
     for token in range(start, start + count):
         own = out + token * out_stride + OFFSET + n
         at = (token * MEMBERS + MEMBER) * PARTS * MAX_RANK
@@ -168,6 +171,7 @@ def _wide_kernel(
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile = tl.program_id(0)
     block = tl.program_id(1)
@@ -196,7 +200,10 @@ def _wide_kernel(
                     PARTS,
                     PARTS_PAD,
                     BLOCK,
+                    EARLY,
                 )
+    else:
+        wait_for_previous(EARLY)
 
 
 @triton.jit
@@ -217,7 +224,9 @@ def _down_kernel(
     RANKS: tl.constexpr,
     PARTS: tl.constexpr,
     PART: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    start_next(EARLY)
     tile = tl.program_id(0)
     first = tl.program_id(1) * RANKS
     part = tl.program_id(2)
@@ -233,6 +242,7 @@ def _down_kernel(
             inside = (r < MAX_SIZE)[:, None] & (k < WIDTH)[None, :]
             rows = down + (slot * MAX_SIZE + r)[:, None] * WIDTH
             weights = tl.load(rows + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            wait_for_previous(EARLY)
             for token in range(start, start + count):
                 own = tl.load(x + token * x_stride + k, mask=k < WIDTH, other=0.0).to(tl.float32)
                 passing = tl.load(stream + token * stream_stride + k, mask=k < WIDTH, other=0.0)
@@ -240,6 +250,10 @@ def _down_kernel(
                 given = tl.where(layout < 2, own, 0.0) + tl.where(layout > 0, passing.to(tl.float32), 0.0)
                 sums = tl.sum(weights * given[None, :], 1)
                 tl.store(hidden + (token * PARTS + part) * MAX_SIZE + r, sums, mask=r < size)
+        else:
+            wait_for_previous(EARLY)
+    else:
+        wait_for_previous(EARLY)
 
 
 @triton.jit
@@ -262,6 +276,7 @@ def _up_kernel(
     PARTS: tl.constexpr,
     PARTS_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     tile = tl.program_id(0)
     start = tl.load(tiles + tile * tile_stride).to(tl.int64)
@@ -279,6 +294,7 @@ def _up_kernel(
         inside = (r < MAX_SIZE)[:, None] & (n < WIDTH)[None, :]
         weights = tl.load(rows + r[:, None] * WIDTH, mask=inside, other=0.0)
         bias = tl.load(biases + r, mask=r < size, other=0.0).to(tl.float32)
+        wait_for_previous(EARLY)
         for token in range(start, start + count):
             own = x + token * x_stride + n
             at = token * PARTS * MAX_SIZE
@@ -296,6 +312,8 @@ def _up_kernel(
                 low = activate(low + own_bias, activation).to(weights.dtype).to(tl.float32)
                 result += tl.sum(others.to(tl.float32) * low[:, None], 0)
             tl.store(own, result.to(x.dtype.element_ty), mask=(n < WIDTH) & (size > 0))
+    else:
+        wait_for_previous(EARLY)
 
 
 def parts_of(width: int, part: int) -> int:
@@ -360,6 +378,7 @@ def expand_rows(hidden: torch.Tensor, bank: GroupedLora, tiles: torch.Tensor, ou
         PARTS_PAD=triton.next_power_of_2(parts),
         BLOCK=block,
         num_warps=WIDE_WARPS,
+        **early(out),
     )
 
 
@@ -389,6 +408,7 @@ def bottleneck_rows(
         PARTS=parts,
         PART=BOTTLENECK_PART,
         num_warps=DOWN_WARPS,
+        **early(x),
     )
     block = 64 if tiles.shape[0] <= 4 else UP_BLOCK
     _up_kernel[(tiles.shape[0], triton.cdiv(width, block))](
@@ -411,4 +431,5 @@ def bottleneck_rows(
         PARTS_PAD=triton.next_power_of_2(parts),
         BLOCK=block,
         num_warps=4,
+        **early(x),
     )
