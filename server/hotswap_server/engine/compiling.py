@@ -19,12 +19,14 @@ _MAX_VARIANTS = 64
 
 def cache_directory() -> Path:
     """Where compiled code is kept between starts; TORCHINDUCTOR_CACHE_DIR overrides it."""
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(cache) / "hotswap" / "inductor")
+    import platformdirs
+
+    own = os.environ.get("HOTSWAP_CACHE_DIR") or platformdirs.user_cache_dir("hotswap")
+    return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or Path(own) / "inductor")
 
 
 def compile_layers(
-    base: BaseModel, *, backend: str = "inductor", options: dict[str, Any] | None = None
+    base: BaseModel, *, backend: Any = "inductor", options: dict[str, Any] | None = None
 ) -> None:
     """Compile the layers of `base`, each when it is first called.
 

@@ -1,0 +1,113 @@
+"""Layers behind the compiler's front: what it does not look into must still be what the step does."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hotswap_server.engine.attention import StepState
+from hotswap_server.engine.base import prepare_base
+from hotswap_server.engine.buffers import StepBuffers, empty_inputs
+from hotswap_server.engine.compiling import compile_layers
+from hotswap_server.engine.graphs import graph_sizes
+from hotswap_server.kernels import select_kernels
+from support.adapters import write_bottleneck, write_lora
+from support.models import FAMILIES, prepared, random_prompt, tiny_model
+from support.running import Running
+
+CPU = torch.device("cpu")
+
+
+def answers(base, tokenizer, store) -> list[list[int]]:
+    with Running(base, tokenizer, store, max_batch_tokens=48) as running:
+        names = [None, "acme/lora", "acme/bottleneck"]
+        outcomes = [
+            running.generate(random_prompt(length, seed=length), name, max_new_tokens=6)
+            for name in names
+            for length in (1, 7, 60)
+        ]
+        return [outcome.result().tokens for outcome in outcomes]
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all(family, tokenizer, tmp_path):
+    config = copy.deepcopy(FAMILIES[family])
+    config.num_hidden_layers = 4
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types * 2
+    model = tiny_model(config)
+    write_lora(model, tmp_path / "acme" / "lora" / "1", r=3, target_modules="all-linear")
+    write_bottleneck(model, tmp_path / "acme" / "bottleneck" / "1", bottleneck_size=5)
+    expected = answers(prepared(model), tokenizer, tmp_path)
+    base = prepared(model)
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        compiled.append(graph)
+        return graph
+
+    torch.compiler.reset()
+    compile_layers(base, backend=backend)
+    try:
+        assert answers(base, tokenizer, tmp_path) == expected
+    finally:
+        torch.compiler.reset()
+    kinds = 2 if family == "gemma2" else 1
+    # One token or many, blocks adapted or not; and the last norm for one or many.
+    assert len(compiled) <= kinds * 4 + 2
+
+
+def test_paths_tell_what_slots_touch(llama):
+    state = StepState(select_kernels(CPU, torch.float32))
+    state.mark("lora", 0, {"q", "v"})
+    state.mark("lora", 1, {"v", "q"})
+    state.mark("lora", 2, {"down"})
+    state.mark("lora", 3, {"q", "v", "down"})
+    assert state.path("lora", {0}) == state.path("lora", {1}) == state.path("lora", {0, 1})
+    assert state.path("lora", {2}) != state.path("lora", {0})
+    assert state.path("lora", {0, 2}) == state.path("lora", {3}) == state.path("lora", {1, 3})
+    assert state.path("prefix", {0}) is None
+    state.mark("lora", 0, {"down"})
+    assert state.path("lora", {0}) == state.path("lora", {2})
+
+
+def test_graph_sizes():
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(6) == [1, 2, 4, 6]
+    assert graph_sizes(64) == [1, 2, 4, *range(8, 65, 8)]
+    assert graph_sizes(200)[-4:] == [128, 160, 192, 200]
+
+
+def test_buffers_pad_what_they_are_filled_with():
+    buffers = StepBuffers(max_sequences=8, max_pages=2, device=CPU)
+    buffers.tables[:3] = [[4, 0], [5, 6], [7, 0]]
+    row = np.arange(3)
+    inputs = buffers.fill(
+        4,
+        ids=row + 10,
+        positions=row + 20,
+        pages=row + 4,
+        offsets=row,
+        context=row + 21,
+        slots={"lora": np.array([2, 2, -1], np.int32)},
+    )
+    assert inputs.input_ids.tolist() == [[10, 11, 12, 0]]
+    assert inputs.position_ids.tolist() == [[20, 21, 22, 0]]
+    assert inputs.layout.token_pages.tolist() == [4, 5, 6, -1]
+    assert inputs.layout.context.tolist() == [21, 22, 23, 0]
+    assert inputs.layout.block_table[:3].tolist() == [[4, 0], [5, 6], [7, 0]]
+    slots = inputs.slots["lora"]
+    assert (slots.index.tolist(), slots.used) == ([2, 2, -1, -1], {2})
+    assert slots.tiles is not None
+    assert slots.tiles.tolist() == [[0, 2, 2]]
+    empty = empty_inputs(buffers, 2)
+    assert empty.layout.token_pages.tolist() == [-1, -1]
+    assert empty.layout.context.tolist() == [0, 0]
+
+
+def test_a_base_is_compiled_once():
+    base = prepare_base(tiny_model(FAMILIES["llama"]), kernels=select_kernels(CPU, torch.float32))
+    compile_layers(base, backend="eager")
+    forward = base.layers[0].forward
+    compile_layers(base, backend="eager")
+    assert base.layers[0].forward is forward
