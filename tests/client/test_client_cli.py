@@ -2,9 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 
 import grpc
 import pytest
@@ -157,6 +157,12 @@ def test_version(hotswap):
     assert hotswap("--version").stdout.startswith("hotswap 0.")
 
 
+def processor_seconds() -> float:
+    """What ended child processes have used."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def test_help_lists_every_verb_quickly_and_imports_nothing_heavy(verbs):
     code = f"""
 import atexit, sys
@@ -165,10 +171,10 @@ atexit.register(lambda: print("LOADED", sorted(heavy & set(sys.modules))))
 {MAIN}
 """
     times = []
-    for _ in range(3):  # the best of three: other work may share the machine
-        start = time.perf_counter()
+    for _ in range(3):  # the processor's time, and the best of three: other work may share the machine
+        start = processor_seconds()
         result = spawn(verbs, code, "--help")
-        times.append(time.perf_counter() - start)
+        times.append(processor_seconds() - start)
     assert result.returncode == 0
     for verb in ("generate", "adapters", "serve", "train", "bench", "demo", "top"):
         assert f" {verb} " in result.stdout

@@ -229,16 +229,16 @@ def test_an_adapter_that_has_not_learnt_fails_the_demo(run, home):
         (
             "FAKE_SERVE",
             "is never healthy",
-            "error: the server was not healthy after 1 s; its last line: still",
+            "error: the server was not healthy after 3 s; its last line: still",
         ),
-        ("FAKE_SERVE", "ignores signals", "error: the server was not healthy after 1 s; its last line: deaf"),
+        ("FAKE_SERVE", "ignores signals", "error: the server was not healthy after 3 s; its last line: deaf"),
     ],
 )
 def test_a_failing_command_is_one_line_and_leaves_nothing_running(
     run, home, monkeypatch, variable, mode, message
 ):
     monkeypatch.setenv(variable, mode)
-    monkeypatch.setattr(processes, "HEALTHY_WITHIN_S", 1.0)
+    monkeypatch.setattr(processes, "HEALTHY_WITHIN_S", 3.0)
     result = run()
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

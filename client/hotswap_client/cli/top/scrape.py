@@ -66,7 +66,9 @@ def scrape(url: str) -> Scrape:
         with _opener.open(url, timeout=_TIMEOUT_S) as reply:
             body = reply.read(_MAX_BYTES + 1)
     except urllib.error.HTTPError as error:
-        raise ScrapeError(f"{url}: answers {error.code} {error.reason}; is it a metrics endpoint?") from None
+        with error:  # it holds the connection
+            problem = f"{url}: answers {error.code} {error.reason}; is it a metrics endpoint?"
+        raise ScrapeError(problem) from None
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
         cause = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
