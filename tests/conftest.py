@@ -97,9 +97,9 @@ def memory_url() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["directory", "memory", "s3"])
+@pytest.fixture(params=["directory", "memory", pytest.param("s3", marks=pytest.mark.slow)])
 def store_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """An empty store of each kind."""
+    """An empty store of each kind. Tests of what S3 alone does take `s3_url`, which is not slow."""
     if request.param == "directory":
         return str(tmp_path / "store")
     url: str = request.getfixturevalue(f"{request.param}_url")

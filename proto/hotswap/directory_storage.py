@@ -37,6 +37,7 @@ class DirectoryStorage(Storage):
             for folder, folders, files in os.walk(root, followlinks=True):
                 if len(Path(folder).relative_to(self.root).parts) >= _MAX_DEPTH:
                     folders.clear()  # links may go round in circles
+                folders[:] = [name for name in folders if self._is_inside(Path(folder, name))]
                 for file in files:
                     path = Path(folder, file)
                     with suppress(FileNotFoundError):
@@ -105,10 +106,13 @@ class DirectoryStorage(Storage):
             probe.rmdir()
 
     def _inside(self, path: str) -> Path:
-        target, root = self.root / path, os.path.realpath(self.root)
-        if not f"{os.path.realpath(target)}/".startswith(f"{root}/"):
+        target = self.root / path
+        if not self._is_inside(target):
             raise StorageError(f"a link in {path} leads out of the store")
         return target
+
+    def _is_inside(self, path: Path) -> bool:
+        return f"{os.path.realpath(path)}/".startswith(f"{os.path.realpath(self.root)}/")
 
 
 def _empty(directory: Path) -> None:

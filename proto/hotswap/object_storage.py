@@ -11,7 +11,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from hotswap.layout import CONFIG_FILE, HIDDEN_PREFIX, MANIFEST_FILE, TOMBSTONE_PREFIX, WEIGHTS_FILE
+from hotswap.layout import (
+    CLAIM_PREFIX,
+    CONFIG_FILE,
+    HIDDEN_PREFIX,
+    MANIFEST_FILE,
+    TOMBSTONE_PREFIX,
+    WEIGHTS_FILE,
+)
 from hotswap.storage import Content, Storage, StorageConflictError, limited, open_filesystem, storage_errors
 
 
@@ -105,6 +112,7 @@ class ObjectStorage(Storage):
                 self.remove(f"{task}/{file}")
         else:
             self.remove_tree(f"{task}/{version}", first=first)
+        self.remove(f"{task}/{CLAIM_PREFIX}{version}")
 
     def remove_tree(self, directory: str, *, first: tuple[str, ...] = ()) -> None:
         """Remove the objects below a directory, those named by `first` before the others."""

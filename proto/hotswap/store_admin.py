@@ -18,7 +18,14 @@ from hotswap.aliases import (
     AliasTable,
     Target,
 )
-from hotswap.layout import ALIASES_FILE, TOMBSTONE_PREFIX, UNNUMBERED_VERSION, existing_versions, marked
+from hotswap.layout import (
+    ALIASES_FILE,
+    CLAIM_PREFIX,
+    TOMBSTONE_PREFIX,
+    UNNUMBERED_VERSION,
+    existing_versions,
+    marked,
+)
 from hotswap.names import AdapterName, InvalidAdapterNameError
 from hotswap.storage import Storage, StorageConflictError
 
@@ -134,25 +141,27 @@ def delete(storage: Storage, name: AdapterName, version: int, *, force: bool = F
     """Delete a version. Its number is never used again; requests that run on it end on it.
 
     The version is gone in one step, before the first of its files is: see `layout`. A deletion that was
-    interrupted is finished by giving it again.
+    interrupted is finished by giving it again, and what is only a part of a version goes too.
 
     Raises:
-        StoreChangeError: there is no such version; or requests get it by an alias or because it is the
-            latest, and `force` is not set.
+        StoreChangeError: there is no such version; or `force` is not set and requests get it by an alias or
+            because it is the latest, or it is being published.
     """
     files = storage.files(str(name))
     there, table = existing_versions(files), read_aliases(storage, name)
-    numbered = any(path.startswith(f"{version}/") for path in files)
-    if version not in there:
-        left = {f"{version}/", f"{TOMBSTONE_PREFIX}{version}/"}
-        buried = version in marked((path.partition("/")[0] for path in files), TOMBSTONE_PREFIX)
-        if not (buried and any(path.startswith(tuple(left)) for path in files)):
-            raise StoreChangeError(f"{name} has no version {version}; it has {_numbers(there)}")
-    elif not force:
-        _refuse_served(name, version, table, is_latest=version == there[-1])
+    top = {path.partition("/")[0] for path in files}
+    numbered, grave = str(version) in top, f"{TOMBSTONE_PREFIX}{version}"
+    if version not in there and not numbered and not any(path.startswith(f"{grave}/") for path in files):
+        raise StoreChangeError(f"{name} has no version {version}; it has {_numbers(there)}")
+    if not force:
+        _refuse_served(name, version, table, is_latest=there[-1:] == [version])
+        if version in marked(top, CLAIM_PREFIX) - set(there) and grave not in top:
+            raise StoreChangeError(
+                f"{name}@{version} is being published, or its publisher died; if so, force the deletion"
+            )
     with storage.locked(str(name)):
         storage.bury(
-            str(name), version, unnumbered=version in there and version == UNNUMBERED_VERSION and not numbered
+            str(name), version, unnumbered=version == UNNUMBERED_VERSION and version in there and not numbered
         )
     return Deleted(version, tuple(read_aliases(storage, name).pointing_at(version)))
 

@@ -5,10 +5,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from fsspec.core import url_to_fs
 from hotswap.aliases import LATEST, STABLE, Target
 from hotswap.directory_storage import DirectoryStorage
-from hotswap.layout import ALIASES_FILE, CONFIG_FILE, WEIGHTS_FILE, existing_versions, publish
+from hotswap.layout import ALIASES_FILE, CLAIM_PREFIX, CONFIG_FILE, WEIGHTS_FILE, existing_versions, publish
 from hotswap.names import AdapterName
 from hotswap.object_storage import ObjectStorage
 from hotswap.storage import StorageDeniedError, StorageError, open_storage
@@ -22,6 +21,7 @@ from hotswap.store_admin import (
     set_alias,
     versions,
 )
+from support.object_stores import fill
 
 NAME = AdapterName("acme", "support")
 
@@ -34,10 +34,7 @@ def write(directory: Path) -> None:
 @pytest.fixture
 def storage(store_url):
     """A store with versions 1 to 4 of one adapter."""
-    filesystem, root = url_to_fs(store_url, **({"auto_mkdir": True} if store_url.startswith("/") else {}))
-    content = {CONFIG_FILE: b"{}", WEIGHTS_FILE: b"w" * 1000}
-    files = {f"{root}/{NAME}/{v}/{file}": data for v in range(1, 5) for file, data in content.items()}
-    filesystem.pipe(files)
+    fill(store_url, str(NAME), dict.fromkeys(range(1, 5), b"w" * 1000))
     return open_storage(store_url)
 
 
@@ -159,6 +156,29 @@ def test_an_interrupted_deletion_is_finished_by_giving_it_again(storage, monkeyp
     assert not [path for path in storage.files("acme/support") if path.startswith(("2/", ".deleted-2/"))]
 
 
+def test_what_is_left_of_a_version_is_deleted_too(storage):
+    path = f"{NAME}/4/{WEIGHTS_FILE}"
+    if isinstance(storage, ObjectStorage):
+        storage.remove(path)
+    else:
+        (storage.root / path).unlink()
+    assert versions(storage, NAME) == [1, 2, 3]
+    delete(storage, NAME, 4)
+    assert not [path for path in storage.files("acme/support") if path.startswith("4/")]
+    assert publish(storage.url, NAME, write) == 5
+
+
+def test_what_is_being_published_is_deleted_by_force_alone(memory_url):
+    fill(memory_url, str(NAME), {1: b"w"})
+    storage = ObjectStorage(memory_url)
+    storage.create(f"{NAME}/{CLAIM_PREFIX}2", b"{}")
+    storage.create(f"{NAME}/2/{WEIGHTS_FILE}", b"w")
+    with pytest.raises(StoreChangeError, match="is being published"):
+        delete(storage, NAME, 2)
+    delete(storage, NAME, 2, force=True)
+    assert publish(memory_url, NAME, write) == 3
+
+
 def test_a_dropped_directory_is_deleted(store_url, tmp_path):
     storage = open_storage(store_url)
     if isinstance(storage, ObjectStorage):
@@ -181,9 +201,11 @@ def test_adapters_are_listed(storage):
     assert adapters(storage) == {NAME: [1, 3, 4], AdapterName("zeta", "x"): [1]}
 
 
-def test_changes_at_the_same_time_are_all_kept(storage):
-    if storage.url.startswith("memory"):
-        pytest.skip("memory has no conditional replacement, as documented")
+@pytest.mark.parametrize("kind", ["tmp_path", "s3_url"])
+def test_changes_at_the_same_time_are_all_kept(request, kind):
+    url = str(request.getfixturevalue(kind))
+    fill(url, str(NAME), dict.fromkeys(range(1, 5), b"w"))
+    storage = open_storage(url)
     threads = [
         threading.Thread(target=set_alias, args=(storage, NAME, f"a{i}", Target(i % 4 + 1))) for i in range(4)
     ]
@@ -216,6 +238,7 @@ def test_links_lead_nowhere_outside(tmp_path):
         with pytest.raises(StorageError, match="leads out of the store"):
             call()
     assert sorted(os.listdir(outside / "acme/support")) == ["1"]
+    assert adapters(storage) == {}
 
 
 def test_a_linked_version_is_unlinked_and_its_target_stays(tmp_path):

@@ -29,6 +29,7 @@ from hotswap_server.errors import (
     StoreUnavailableError,
 )
 from safetensors.torch import save
+from support.object_stores import fill
 
 NAME = AdapterName("acme", "support")
 CONFIG = json.dumps({"peft_type": "LORA", "r": 4}).encode()
@@ -88,12 +89,21 @@ class Site:
             self.put(file, content)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _collect_what_is_new():
+    """Going through all of torch's objects after each test would take longer than the tests."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def site(store_url, tmp_path, monkeypatch):
     """After the test nothing may be left: no thread, no temporary or open file, no adapter in memory."""
     temporary = tmp_path / "tmp"
     temporary.mkdir()
-    assert publish(store_url, NAME, write) == 1
+    fill(store_url, str(NAME), {1: WEIGHTS}, CONFIG)
     AdapterStore(store_url, lambda config: "lora").resolve("acme/support")  # starts fsspec's own thread
     threads, files = set(threading.enumerate()), open_files(store_url)
     monkeypatch.setattr("tempfile.tempdir", str(temporary))
@@ -281,6 +291,22 @@ def test_a_slow_read_lets_others_go_on(site, monkeypatch):
     assert not loading.done()
     go.set()
     assert loading.result(SOON_S).nbytes == 4 * 4096
+
+
+def test_s3_with_another_content(s3_url):
+    fill(s3_url, str(NAME), {1: WEIGHTS}, CONFIG)
+    store = AdapterStore(s3_url, lambda config: "lora", refresh_s=60.0)
+    ref = store.resolve("acme/support")
+    filesystem, root = open_filesystem(s3_url)
+    filesystem.pipe_file(f"{root}/acme/support/1/{WEIGHTS_FILE}", WEIGHTS[:-1] + b"x")
+    with pytest.raises(AdapterDamagedError, match="SHA-256 differs"):
+        store.read(ref)
+    filesystem.rm_file(f"{root}/acme/support/1/{WEIGHTS_FILE}")
+    with pytest.raises(AdapterInvalidError, match=f"{WEIGHTS_FILE} is missing"):
+        store.read(ref)
+    delete(open_storage(s3_url), NAME, 1, force=True)
+    with pytest.raises(AdapterNotFoundError):
+        store.read(ref)
 
 
 def test_s3_that_refuses_the_credentials(s3_url, monkeypatch):

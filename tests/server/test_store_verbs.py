@@ -45,7 +45,9 @@ def run_local(local):
     return runner(str(local))
 
 
-def test_the_life_of_an_adapter(checkpoint, store_url):
+@pytest.mark.parametrize("kind", ["tmp_path", "s3_url"])
+def test_the_life_of_an_adapter(request, checkpoint, kind):
+    store_url = str(request.getfixturevalue(kind))
     run = runner(store_url)
     publish = ("publish", str(checkpoint), "--name", "acme/triage")
     assert f"acme/triage@1 is in {store_url}" in run(*publish).stdout

@@ -24,6 +24,7 @@ from hotswap_server.errors import (
     StoreUnavailableError,
 )
 from safetensors.torch import save
+from support.object_stores import fill
 
 NAME = AdapterName("acme", "support")
 LIST = "list_objects_v2"
@@ -49,8 +50,7 @@ def store_at(url: str, **options: float) -> AdapterStore:
 @pytest.fixture
 def stored(store_url):
     """A store of each kind with versions 1 to 3, whose tensors hold their number."""
-    for version in (1, 2, 3):
-        publish_next(store_url, version)
+    fill(store_url, str(NAME), {version: weights(version) for version in (1, 2, 3)}, CONFIG)
     return store_url
 
 
@@ -176,8 +176,7 @@ def calls(monkeypatch, s3_server):
 
 
 def test_a_request_costs_at_most_one_listing_and_none_while_that_is_fresh(s3_url, calls):
-    for version in (1, 2, 3):
-        publish_next(s3_url, version)
+    fill(s3_url, str(NAME), {version: weights(version) for version in (1, 2, 3)}, CONFIG)
     set_alias(open_storage(s3_url), NAME, "stable", Target(2, 3, 50))
     store = store_at(s3_url, refresh_s=60.0)
     calls.clear()
@@ -241,7 +240,7 @@ def test_what_is_missing_is_remembered_for_as_long_as_a_listing(s3_url, calls):
 def test_the_list_reads_no_weights_and_asks_for_all_at_once(s3_url, calls):
     names = [AdapterName("acme", f"task-{i}") for i in range(6)]
     for name in names:
-        publish_next(s3_url, 1, name)
+        fill(s3_url, str(name), {1: weights(1)}, CONFIG)
     ObjectStorage(s3_url).create(f"acme/dropped/{CONFIG_FILE}", CONFIG)
     ObjectStorage(s3_url).create(f"acme/dropped/{WEIGHTS_FILE}", weights(7))
     store = store_at(s3_url, refresh_s=60.0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,19 +103,10 @@ def _location(store: Path | str, name: AdapterName, version: int) -> Path | str:
 
 def _check_writable(store: Path | str) -> None:
     """Find out before the training that the store can be written."""
-    if isinstance(store, str):
-        try:
-            open_storage(store).check_writable()
-        except StorageError as error:
-            raise OptionError(f"--output: {store} cannot be written: {error}") from error
-        return
-    existing = next(path for path in (store, *store.absolute().parents) if path.exists())
     try:
-        tempfile.TemporaryDirectory(prefix=".hotswap-", dir=existing).cleanup()
-    except OSError as error:
-        raise OptionError(
-            f"--output: {store} cannot be written ({error.strerror}); choose a directory that can"
-        ) from error
+        open_storage(store).check_writable()
+    except StorageError as error:
+        raise OptionError(f"--output: {store} cannot be written: {error}; choose one that can") from error
 
 
 def _resolve(base: str, *, progress: bool) -> Path:
