@@ -39,7 +39,7 @@ def merge(
 
 def _read(adapter: str, store: str | None) -> RawCheckpoint:
     from hotswap.layout import CONFIG_FILE, WEIGHTS_FILE, content_digest
-    from hotswap.names import AdapterName, InvalidAdapterNameError
+    from hotswap.names import AdapterReference, InvalidAdapterNameError
 
     from hotswap_server.adapters.checkpoint import parse_checkpoint, parse_config
     from hotswap_server.adapters.manager import AdapterManager
@@ -48,11 +48,11 @@ def _read(adapter: str, store: str | None) -> RawCheckpoint:
 
     if store is not None:
         try:
-            name, version = AdapterName.parse_versioned(adapter)
+            AdapterReference.parse(adapter)
         except InvalidAdapterNameError as error:
             raise typer.BadParameter(f"{adapter}: {error}") from None
         opened = AdapterManager.open_store(store)
-        return opened.read(opened.resolve(str(name), version))
+        return opened.read(opened.resolve(adapter))
     directory = Path(adapter)
     if not directory.is_dir():
         raise typer.BadParameter(
