@@ -19,8 +19,12 @@ CPU = torch.device("cpu")
 
 
 def answers(base, tokenizer, store) -> list[list[int]]:
+    names = [None, "acme/lora", "acme/bottleneck"]
     with Running(base, tokenizer, store, max_batch_tokens=48) as running:
-        names = [None, "acme/lora", "acme/bottleneck"]
+        # One kind of step after another, so that none waits for all of them to be compiled.
+        for name in names:
+            for length in (1, 7):
+                running.generate(random_prompt(length, seed=0), name, max_new_tokens=1).result()
         outcomes = [
             running.generate(random_prompt(length, seed=length), name, max_new_tokens=6)
             for name in names
@@ -32,7 +36,7 @@ def answers(base, tokenizer, store) -> list[list[int]]:
 @pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 def test_compiled_layers_give_the_same_and_are_compiled_once_for_all(family, tokenizer, tmp_path):
     config = copy.deepcopy(FAMILIES[family])
-    config.num_hidden_layers = 4
+    config.num_hidden_layers = 3 if family == "llama" else 4
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types * 2
     model = tiny_model(config)
