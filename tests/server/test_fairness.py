@@ -315,19 +315,3 @@ def test_the_cost_of_a_step_does_not_grow_with_the_queue(room):
 
     few, many = calls(100), calls(4000)
     assert many < 1.5 * few
-
-
-def test_the_first_prompt_of_a_tenant_takes_no_more_steps_for_what_others_send():
-    simulation = Simulation(pages=200, batch_size=8, batch_tokens=16)
-    for _ in range(20):
-        simulation.add(64, 4, tenant="heavy")
-    for _ in range(6):
-        simulation.step()
-    light = simulation.add(40, 2, tenant="light")
-    steps = 0
-    while not light.num_generated:
-        simulation.step()
-        steps += 1
-        simulation.add(64, 4, tenant="heavy")
-    assert steps <= 3 + 1, "40 tokens in steps of 16, less what heavy ones decode"
-    simulation.run()

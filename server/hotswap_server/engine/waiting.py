@@ -95,7 +95,6 @@ class WaitingQueue:
         """A request that waits runs now; the seconds of its waiting that were for its adapter."""
         lane = self._pop(sequence)
         lane.tenant.num_running += 1
-        sequence.service_before = lane.tenant.account.service
         if not sequence.charged:
             # Once: what is computed again after a preemption is nothing that the tenant has got.
             sequence.charged = True
