@@ -171,11 +171,10 @@ def test_nan_logits_end_their_request_alone(running, monkeypatch):
 
     monkeypatch.setattr(running.engine._runner, "run", poisoned)
     base = running.generate(PROMPT, max_new_tokens=30)
-    adapted = running.generate(PROMPT, "acme/a", max_new_tokens=30)
-    scored = running.score(PROMPT, "acme/a")
-    for outcome in (adapted, scored):
+    for send in (running.generate, running.score):
         with pytest.raises(EngineError, match="acme/a@1 gave no finite logits"):
-            outcome.result()
+            send(PROMPT, "acme/a").result()
+        running.adapters.unload("acme/a", None, in_use=InUse.CANCEL).result()  # which ends its quarantine
     assert base.result().tokens == expected
 
 

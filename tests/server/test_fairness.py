@@ -200,7 +200,22 @@ def test_an_adapter_without_a_slot_gets_one_though_others_use_all_without_pause(
     simulation.run()
 
 
-def test_the_tenant_that_was_served_least_gets_the_next_slot():
+def test_a_tenant_that_is_busy_with_one_adapter_still_gets_a_slot_for_another():
+    """Tokens would put it behind all who have waited longer than they were served."""
+    simulation = Simulation(pages=6, batch_size=1, batch_tokens=2, adapters=FakeAdapters(num_slots=1))
+    for name in "xyz":
+        simulation.add(1, 1, "a", tenant=name)
+    late = simulation.add(1, 1, "a", tenant="busy")
+    for step in range(8 * PATIENCE):
+        simulation.add(1, 1, tenant="busy")
+        simulation.add(1, 1, "a", tenant="xyz"[step % 3])
+        simulation.step_unchecked()
+        if late not in simulation.alive:
+            break
+    assert late not in simulation.alive
+
+
+def test_the_tenant_that_was_given_fewest_slots_gets_the_next_one():
     simulation = Simulation(pages=40, adapters=FakeAdapters(num_slots=1))
     simulation.add(2, 4, "a", tenant="heavy")
     simulation.step()
@@ -315,3 +330,19 @@ def test_the_cost_of_a_step_does_not_grow_with_the_queue(room):
 
     few, many = calls(100), calls(4000)
     assert many < 1.5 * few
+
+
+def test_the_first_prompt_of_a_tenant_takes_no_more_steps_for_what_others_send():
+    simulation = Simulation(pages=200, batch_size=8, batch_tokens=16)
+    for _ in range(20):
+        simulation.add(64, 4, tenant="heavy")
+    for _ in range(6):
+        simulation.step()
+    light = simulation.add(40, 2, tenant="light")
+    steps = 0
+    while not light.num_generated:
+        simulation.step()
+        steps += 1
+        simulation.add(64, 4, tenant="heavy")
+    assert steps <= 3 + 1, "40 tokens in steps of 16, less what heavy ones decode"
+    simulation.run()

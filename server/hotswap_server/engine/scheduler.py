@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from hotswap_server.engine.admission import fit_prefix
 from hotswap_server.engine.fairness import FairnessOptions
 from hotswap_server.engine.kv_cache import PagedKVCache
+from hotswap_server.engine.lanes import Lane, Tenant
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.sequence import Sequence, Stage
 from hotswap_server.engine.slots import AdapterResidency, SlotKeeper
-from hotswap_server.engine.waiting import Lane, Tenant, WaitingQueue
+from hotswap_server.engine.waiting import WaitingQueue
 from hotswap_server.errors import HotswapError
 
 
@@ -113,12 +114,12 @@ class Scheduler:
         begun = deque(
             sorted(
                 (sequence for sequence in self.running if sequence.num_uncomputed > 1),
-                key=lambda sequence: (self._service(sequence), sequence.order),
+                key=lambda sequence: (self._claim(sequence), sequence.order),
             )
         )
         while draft.budget:
             lane = None if draft.full else self.waiting.first()
-            if begun and (lane is None or self._service(begun[0]) <= lane.tenant.account.service):
+            if begun and (lane is None or self._goes_on(begun[0], lane)):
                 sequence = begun.popleft()
                 if sequence not in self.waiting:
                     self._extend(sequence, draft)
@@ -258,6 +259,17 @@ class Scheduler:
         for sequence in self.waiting.sequences(lane):
             self.waiting.remove(sequence)
             draft.failed.append((sequence, error))
+
+    def _goes_on(self, begun: Sequence, lane: Lane) -> bool:
+        """Whether a prompt that has begun comes before the first request of `lane`."""
+        claim, service = self._claim(begun), lane.tenant.account.service
+        return claim < service or (claim == service and lane.tenant.num_running > 0)
+
+    def _claim(self, begun: Sequence) -> float:
+        """The place of a prompt that has begun; a tenant's only one is not set back by its own charge."""
+        tenant = self.waiting.tenants[begun.tenant]
+        alone = tenant.num_running == 1 and tenant.num_waiting == 0
+        return begun.service_before if alone else tenant.account.service
 
     def _service(self, sequence: Sequence) -> float:
         return self.waiting.tenants[sequence.tenant].account.service

@@ -50,6 +50,7 @@ class Sequence:
     tenant: str = ""  # who is charged: the adapter's tenant, else the request's
     order: int = 0  # of arrival, given by the queue
     charged: bool = False  # whether its prompt was
+    service_before: float = 0.0  # what its tenant had had when it began to run
     lane_time: float = 0.0  # that the lane had been without its adapter when this one joined it
     prefix: Prefix | None = None  # the adapter's, known when it has a slot
     seed: int = 0

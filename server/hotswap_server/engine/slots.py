@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from hotswap_server.core import AdapterRef
+from hotswap_server.engine.lanes import Lane, LaneState
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.sequence import Sequence
-from hotswap_server.engine.waiting import Lane, LaneState, WaitingQueue
+from hotswap_server.engine.waiting import WaitingQueue
 from hotswap_server.errors import HotswapError
 
 
@@ -54,9 +55,9 @@ class AdapterResidency(Protocol):
 class SlotKeeper:
     """Gives slots to the first requests of lanes, and parks the lanes that must wait for their adapters.
 
-    A lane that is parked delays no other. Of those without a slot the first in the fair order is asked for at
-    every step, so that it comes next, and so that adapters which others use all the time make room for it:
-    no stream of requests keeps a slot for ever.
+    A lane that is parked delays no other. Of those without a slot the first in line is asked for at every
+    step, so that it comes next, and so that adapters which others use all the time make room for it: no
+    stream of requests keeps a slot for ever.
     """
 
     def __init__(self, adapters: AdapterResidency, waiting: WaitingQueue, prefixes: PrefixPages) -> None:
@@ -82,6 +83,8 @@ class SlotKeeper:
         if slot is None:
             self._waiting.park(lane, LaneState.NO_SLOT)
             return False
+        self._waiting.slot_line(ref.method).charge(lane)
+        lane.lined_up = lane.slot_charged = False
         sequence.slot = slot
         sequence.prefix = self._prefixes.placed(sequence.method, slot)
         return True
@@ -100,7 +103,8 @@ class SlotKeeper:
                 if error is not None:
                     failed.append((lane, error))
         for method in self._waiting.methods_without_slot:
-            while (waiter := self._waiting.first_without_slot(method)) is not None and waiter.adapter:
+            line = self._waiting.slot_line(method)
+            while (waiter := line.first()) is not None and waiter.adapter:
                 if self._adapters.prefer(waiter.adapter):
                     try:
                         if self.acquire(waiter):
@@ -109,6 +113,7 @@ class SlotKeeper:
                         self._waiting.reopen(waiter)
                         failed.append((waiter, error))
                     break
+                line.charge(waiter)
                 self._waiting.park(waiter, LaneState.COMING)
         return failed
 

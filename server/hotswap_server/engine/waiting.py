@@ -6,47 +6,10 @@ import heapq
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from enum import Enum, auto
 
-from hotswap_server.core import AdapterRef
-from hotswap_server.engine.fairness import Account, FairnessOptions, VirtualTokenCounter
+from hotswap_server.engine.fairness import FairnessOptions, VirtualTokenCounter
+from hotswap_server.engine.lanes import Lane, LaneState, SlotLine, Tenant, first_lane, push_lane
 from hotswap_server.engine.sequence import Sequence
-
-
-class LaneState(Enum):
-    """Whether a lane's first request may be tried, and if not, why."""
-
-    OPEN = auto()
-    NO_SLOT = auto()  # its adapter waits for a slot
-    COMING = auto()  # its adapter is being read, or put into its slot
-
-
-@dataclass(slots=True, eq=False)
-class Lane:
-    """What one tenant wants of one adapter, the oldest first."""
-
-    tenant: Tenant
-    adapter: AdapterRef | None
-    state: LaneState = LaneState.OPEN
-    entries: list[tuple[int, Sequence]] = field(default_factory=list)  # a heap; those that left are in it too
-    size: int = 0
-    num_tokens: int = 0  # of the prompts in it
-    without_adapter: float = 0.0  # seconds
-    without_adapter_since: float | None = None
-    queued_as: tuple[float, int] | None = None  # its key in the heap that it is in
-
-
-@dataclass(slots=True, eq=False)
-class Tenant:
-    """One tenant's lanes and counts."""
-
-    account: Account
-    lanes: dict[AdapterRef | None, Lane] = field(default_factory=dict)
-    open: list[tuple[int, int, Lane]] = field(default_factory=list)  # a heap, by the first request's order
-    num_waiting: int = 0
-    waiting_tokens: int = 0  # of the prompts that wait
-    num_running: int = 0
 
 
 class WaitingQueue:
@@ -68,9 +31,8 @@ class WaitingQueue:
         self.num_started = 0
         """Requests that have begun since the start."""
         self._lanes: dict[Sequence, Lane] = {}
-        self._slot_waiters: dict[str, list[tuple[float, int, int, Lane]]] = {}
+        self._slot_lines: dict[str, SlotLine] = {}
         self._orders = itertools.count(1)
-        self._ticks = itertools.count()
 
     def __len__(self) -> int:
         return len(self._lanes)
@@ -95,6 +57,7 @@ class WaitingQueue:
         """A request that waits runs now; the seconds of its waiting that were for its adapter."""
         lane = self._pop(sequence)
         lane.tenant.num_running += 1
+        sequence.service_before = lane.tenant.account.service
         if not sequence.charged:
             # Once: what is computed again after a preemption is nothing that the tenant has got.
             sequence.charged = True
@@ -136,10 +99,6 @@ class WaitingQueue:
         waiting = [s for lane in tenant.lanes.values() for s in self.sequences(lane) if not s.charged]
         return sorted(waiting, key=lambda sequence: -sequence.order)
 
-    def key(self, lane: Lane) -> tuple[float, int]:
-        """Lanes with smaller keys come first."""
-        return lane.tenant.account.service, self.head(lane).order
-
     def park(self, lane: Lane, state: LaneState) -> None:
         """Pass a lane over until it is reopened."""
         self._change(lane, state)
@@ -151,24 +110,17 @@ class WaitingQueue:
         self._enqueue(lane)
         self._refresh(lane.tenant)
 
-    def first_without_slot(self, method: str) -> Lane | None:
-        """The lane that gets the next slot of a method."""
-        heap = self._slot_waiters.get(method, [])
-        while heap:
-            service, order, _, lane = heap[0]
-            if lane.state is not LaneState.NO_SLOT or lane.size == 0 or lane.queued_as != (service, order):
-                heapq.heappop(heap)
-            elif (key := self.key(lane)) != lane.queued_as:
-                lane.queued_as = key
-                heapq.heapreplace(heap, (*key, next(self._ticks), lane))
-            else:
-                return lane
-        return None
+    def slot_line(self, method: str) -> SlotLine:
+        """The lanes that wait for a slot of a method."""
+        line = self._slot_lines.get(method)
+        if line is None:
+            line = self._slot_lines[method] = SlotLine(self._options, self.head)
+        return line
 
     @property
     def methods_without_slot(self) -> list[str]:
         """Methods of which some lane may wait for a slot."""
-        return [method for method, heap in self._slot_waiters.items() if heap]
+        return [method for method, line in self._slot_lines.items() if line]
 
     def _open_tenant(self, name: str) -> Tenant:
         tenant = self.tenants.get(name)
@@ -212,33 +164,20 @@ class WaitingQueue:
         return lane
 
     def _first_lane(self, tenant: Tenant) -> Lane | None:
-        while tenant.open:
-            order, _, lane = tenant.open[0]
-            if lane.state is not LaneState.OPEN or lane.size == 0 or lane.queued_as != (0.0, order):
-                heapq.heappop(tenant.open)
-            elif (key := (0.0, self.head(lane).order)) != lane.queued_as:
-                lane.queued_as = key
-                heapq.heapreplace(tenant.open, (key[1], next(self._ticks), lane))
-            else:
-                return lane
-        return None
+        return first_lane(tenant.open, LaneState.OPEN, self.head)
 
     def _enqueue(self, lane: Lane) -> None:
-        """Put a lane into the heap of its state, under its present key, unless it is there already."""
-        if lane.size == 0:
+        """Put a lane into the heap of its state, unless it is there already."""
+        if lane.size == 0 or lane.state is LaneState.COMING:
+            return
+        order = self.head(lane).order
+        # One whose head left has a key that is too low, which `first_lane` sees to.
+        if lane.queued_as is not None and order >= lane.queued_as:
             return
         if lane.state is LaneState.OPEN:
-            order = self.head(lane).order
-            # One whose head left has a key that is too low, which `_first_lane` sees to.
-            if lane.queued_as is None or order < lane.queued_as[1]:
-                lane.queued_as = (0.0, order)
-                heapq.heappush(lane.tenant.open, (order, next(self._ticks), lane))
-        elif lane.state is LaneState.NO_SLOT and lane.adapter is not None:
-            key = self.key(lane)
-            if lane.queued_as is None or key < lane.queued_as:
-                lane.queued_as = key
-                heap = self._slot_waiters.setdefault(lane.adapter.method, [])
-                heapq.heappush(heap, (*key, next(self._ticks), lane))
+            push_lane(lane.tenant.open, lane, order)
+        elif lane.adapter is not None:
+            self.slot_line(lane.adapter.method).add(lane, order)
 
     def _change(self, lane: Lane, state: LaneState) -> None:
         if lane.state is state:
@@ -270,4 +209,4 @@ class WaitingQueue:
             self.counter.forget(self.tenants)
         else:
             self.counter.reset()
-            self._slot_waiters.clear()
+            self._slot_lines.clear()
