@@ -114,6 +114,7 @@ def test_the_table_of_latencies():
     line = next(line.split() for line in shown.splitlines() if TASKS[0].adapter in line)
     assert line == [f"{TASKS[0].adapter}@4", TASKS[0].method, "1", "250", "500", "100", "1500", "2.0"]
     assert shown.count("@4") == 6
+    assert "…" not in printed(tables.latency_table(together, alone), width=80)
     assert tables.span(together) == pytest.approx(1.5)
     assert tables.span(alone) == pytest.approx(4.5)
 

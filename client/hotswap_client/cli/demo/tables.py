@@ -37,7 +37,7 @@ def accuracy_table(rows: Sequence[Accuracy]) -> Table:
 
 def latency_table(together: Sequence[Answer], alone: Sequence[Answer]) -> Table:
     """Times of every request, in milliseconds: the server's for queue and load, ours for the others."""
-    table = Table(box=box.SIMPLE_HEAD)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # so that 80 columns are enough
     table.add_column("milliseconds", no_wrap=True)
     for heading in ("queue", "load", "first token", "per token", "total", "tok/s"):
         table.add_column(heading, justify="right")
