@@ -7,6 +7,7 @@ import random
 import statistics
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -16,7 +17,8 @@ from hotswap_server import app
 from hotswap_server.config import load_settings
 from hotswap_server.engine.sequence import Sequence
 from support.adapters import write_lora
-from support.soaking import BROKEN, WRITERS, Soak, answer_alone, documented_errors, serving
+from support.serving import serving
+from support.soaking import BROKEN, WRITERS, Soak, answer_alone, documented_errors
 
 SECONDS = 20.0
 LONG_SECONDS = float(os.environ.get("HOTSWAP_SOAK_SECONDS", "600"))
@@ -95,7 +97,10 @@ def test_nothing_is_wrong_and_nothing_is_left(seconds, loaded, answers, tmp_path
             await asyncio.sleep(seconds / 200)
 
     async def soak() -> Soak:
-        async with serving(loaded) as address, AsyncClient(address, retries=0, timeout=60) as client:
+        async with (
+            serving(partial(app.run, loaded)) as server,
+            AsyncClient(server.ready.address, retries=0, timeout=60) as client,
+        ):
             soak = Soak(client, answers, tmp_path / "store", documented_errors(PAGE), random.Random(0))
             for name in WRITERS:
                 soak.publish(name)

@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import threading
+from functools import partial
 
 import pytest
 from hotswap_client import AsyncClient
@@ -12,7 +13,7 @@ from hotswap_server.engine.engine import Engine
 from hotswap_server.engine.runner import ModelRunner
 from support.models import random_prompt
 from support.running import SOON_S, Running
-from support.soaking import serving
+from support.serving import serving
 
 PROMPTS = [random_prompt(1 + n, seed=n) for n in range(8)]
 BATCH = 64
@@ -114,8 +115,8 @@ async def hold(loaded, opened, num_streams, num_tokens) -> tuple[Arrivals, list[
         assert stream.result is not None
 
     async with (
-        serving(loaded) as address,
-        AsyncClient(address, retries=0) as client,
+        serving(partial(app.run, loaded)) as server,
+        AsyncClient(server.ready.address, retries=0) as client,
         asyncio.TaskGroup() as readers,
     ):
         for index in range(num_streams):

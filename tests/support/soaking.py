@@ -18,7 +18,6 @@ import grpc
 from hotswap.layout import publish
 from hotswap.names import AdapterName
 from hotswap_client import AsyncClient, HotswapError, ServingPath
-from hotswap_server import app
 from torch import nn
 
 from support.adapters import write_bottleneck, write_ia3, write_lora, write_prefix
@@ -108,22 +107,6 @@ def documented_errors(page: Path) -> set[tuple[Code, str]]:
         for reason in re.findall(r"[A-Z_]+", reasons)
         if code not in ("INTERNAL", "UNKNOWN")
     }
-
-
-@asynccontextmanager
-async def serving(loaded: app.Loaded) -> AsyncIterator[str]:
-    """The address of a server in this event loop."""
-    ready: asyncio.Future[app.Ready] = asyncio.get_running_loop().create_future()
-    stop = asyncio.Event()
-    task = asyncio.create_task(app.run(loaded, ready.set_result, stop=stop))
-    await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-    if task.done():
-        await task
-    try:
-        yield ready.result().address
-    finally:
-        stop.set()
-        await task
 
 
 @dataclass

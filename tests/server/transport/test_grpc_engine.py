@@ -12,7 +12,7 @@ import grpc
 import pytest
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from hotswap_server import app
-from hotswap_server.config import load_settings
+from support.serving import serving_tiny
 
 NAMES = ("acme/one", "globex/two")
 
@@ -34,26 +34,16 @@ def store(tmp_path_factory, write_lora):
 def served(tiny_base, store, unused_tcp_port):
     @asynccontextmanager
     async def serve(**flags):
-        options = {"base": str(tiny_base), "store": str(store), "kv_cache_bytes": "1MiB", "threads": 1}
-        options |= {"port": 0, "metrics_port": unused_tcp_port}
-        settings = load_settings(**(options | flags))
-        ready: asyncio.Future[app.Ready] = asyncio.get_running_loop().create_future()
-        stop = asyncio.Event()
-        task = asyncio.create_task(app.serve(settings, ready.set_result, stop=stop))
-        await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-        try:
-            async with grpc.aio.insecure_channel(ready.result().address) as channel:
-                yield SimpleNamespace(
-                    ready=ready.result(),
-                    stop=stop,
-                    inference=inference_pb2_grpc.InferenceServiceStub(channel),
-                    admin=adapters_pb2_grpc.AdapterServiceStub(channel),
-                )
-        finally:
-            stop.set()
-            await task
+        async with (
+            serving_tiny(tiny_base, store, unused_tcp_port, **flags) as server,
+            grpc.aio.insecure_channel(server.ready.address) as channel,
+        ):
+            yield SimpleNamespace(
+                ready=server.ready,
+                stop=server.stop,
+                inference=inference_pb2_grpc.InferenceServiceStub(channel),
+                admin=adapters_pb2_grpc.AdapterServiceStub(channel),
+            )
 
     return serve
 

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from hotswap_client import AsyncClient, FailedPrecondition, Residency, ServingPath
-from hotswap_server import app
-from hotswap_server.config import load_settings
+from support.serving import serving_tiny
 
 
 @pytest.fixture(scope="module")
@@ -23,20 +22,11 @@ def store(tmp_path_factory, write_lora):
 def served(tiny_base, store, unused_tcp_port):
     @asynccontextmanager
     async def serve(**flags):
-        options = {"base": str(tiny_base), "store": str(store), "kv_cache_bytes": "1MiB", "threads": 1}
-        options |= {"port": 0, "metrics_port": unused_tcp_port}
-        ready: asyncio.Future[app.Ready] = asyncio.get_running_loop().create_future()
-        stop = asyncio.Event()
-        task = asyncio.create_task(app.serve(load_settings(**(options | flags)), ready.set_result, stop=stop))
-        await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-        try:
-            async with AsyncClient(ready.result().address) as client:
-                yield SimpleNamespace(client=client, metrics=ready.result().metrics_address)
-        finally:
-            stop.set()
-            await task
+        async with (
+            serving_tiny(tiny_base, store, unused_tcp_port, **flags) as server,
+            AsyncClient(server.ready.address) as client,
+        ):
+            yield SimpleNamespace(client=client, metrics=server.ready.metrics_address)
 
     return serve
 

@@ -8,6 +8,7 @@ import socket
 import ssl
 import time
 from contextlib import asynccontextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ from hotswap_server.config import load_settings
 from structlog.testing import capture_logs
 from support.certificates import Authority
 from support.keys import Keyring
+from support.serving import serving
 
 HUGE = 3 << 30
 
@@ -75,25 +77,16 @@ def secured(tiny_base, store, authority, keyring, tmp_path):
         options = {"base": tiny_base, "store": store, "kv_cache_bytes": "1MiB", "threads": 1}
         options |= {"port": 0, "metrics_port": 0, "admin_port": 0, "tls_cert": cert, "tls_key": key}
         given = {name: str(value) for name, value in (options | {"keys_file": keyring.path} | flags).items()}
-        ready: asyncio.Future[app.Ready] = asyncio.get_running_loop().create_future()
-        stop = asyncio.Event()
-        task = asyncio.create_task(app.serve(load_settings(**given), ready.set_result, stop=stop))
-        await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-        described = ready.result()
+        async with serving(partial(app.serve, load_settings(**given))) as server:
+            described = server.ready
 
-        def client(api_key=None, *, address=described.address, tls=trusting):
-            return AsyncClient(address, api_key=api_key, tls=tls, retries=0, timeout=60)
+            def client(api_key=None, *, address=described.address, tls=trusting):
+                return AsyncClient(address, api_key=api_key, tls=tls, retries=0, timeout=60)
 
-        def admin(api_key=None):
-            return client(api_key, address=described.admin_address)
+            def admin(api_key=None):
+                return client(api_key, address=described.admin_address)
 
-        try:
             yield SimpleNamespace(ready=described, client=client, admin=admin)
-        finally:
-            stop.set()
-            await task
 
     return serve
 

@@ -13,13 +13,13 @@ import grpc
 import pytest
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc, common_pb2, inference_pb2, inference_pb2_grpc
 from hotswap_server import app
-from hotswap_server.config import load_settings
 from hotswap_server.tracing import Tracing, TracingSettingsError, check_tracing
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
+from support.serving import serving_tiny
 
 GENERATE = "hotswap.v1.InferenceService/Generate"
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
@@ -58,25 +58,15 @@ def exporter(monkeypatch):
 def served(tiny_base, store, unused_tcp_port):
     @asynccontextmanager
     async def serve(**flags):
-        options = {"base": str(tiny_base), "store": str(store), "kv_cache_bytes": "1MiB", "threads": 1}
-        options |= {"port": 0, "metrics_port": unused_tcp_port}
-        ready: asyncio.Future[app.Ready] = asyncio.get_running_loop().create_future()
-        stop = asyncio.Event()
-        settings = load_settings(**(options | flags))
-        task = asyncio.create_task(app.serve(settings, ready.set_result, stop=stop))
-        await asyncio.wait({task, ready}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-        try:
-            async with grpc.aio.insecure_channel(ready.result().address) as channel:
-                yield SimpleNamespace(
-                    ready=ready.result(),
-                    inference=inference_pb2_grpc.InferenceServiceStub(channel),
-                    admin=adapters_pb2_grpc.AdapterServiceStub(channel),
-                )
-        finally:
-            stop.set()
-            await task
+        async with (
+            serving_tiny(tiny_base, store, unused_tcp_port, **flags) as server,
+            grpc.aio.insecure_channel(server.ready.address) as channel,
+        ):
+            yield SimpleNamespace(
+                ready=server.ready,
+                inference=inference_pb2_grpc.InferenceServiceStub(channel),
+                admin=adapters_pb2_grpc.AdapterServiceStub(channel),
+            )
 
     return serve
 
