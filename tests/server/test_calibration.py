@@ -1,5 +1,6 @@
 """What methods cost is measured on the engine that serves, which is afterwards as it was before."""
 
+import itertools
 import threading
 
 import pytest
@@ -97,12 +98,11 @@ def test_requests_meanwhile_get_their_answers_and_are_not_starved(running, calib
     assert calibration.result(SOON_S).costs
 
 
-def test_the_ratio_is_the_quickest_round_beside_the_base_s(running, calibrator, monkeypatch):
-    noise = iter(range(100, 0, -1))
+def test_the_ratio_is_to_the_base_s_steps_around_it(running, calibrator, monkeypatch):
+    ever_slower = itertools.count(1)
 
     def seconds(rows):
-        slow = next(noise, 0) / 1000
-        return (0.03 if rows[0].merged else 0.05 if rows[0].adapter else 0.02) + slow
+        return (0.03 if rows[0].merged else 0.05 if rows[0].adapter else 0.02) * next(ever_slower)
 
     running.merge("acme/a")
     steps = timed(monkeypatch, seconds)

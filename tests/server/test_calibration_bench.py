@@ -1,5 +1,7 @@
 """The overhead gauge beside `hotswap bench --mix`, on the real base. Wants a quiet machine."""
 
+import statistics
+
 import pytest
 import torch
 from hotswap_server.bench.mix import measure_mix, write_mix
@@ -18,7 +20,7 @@ REQUESTS = 8
 
 @pytest.fixture(scope="module")
 def figures_and_gauges(smollm2, tmp_path_factory):
-    """Times of base by case in the benchmark, and ratios at batch 8 in two calibrations around it."""
+    """Times of base by case in the benchmark, and ratios at batch 8, the mean of calibrations around it."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     cpu, store = torch.device("cpu"), tmp_path_factory.mktemp("store")
@@ -28,29 +30,26 @@ def figures_and_gauges(smollm2, tmp_path_factory):
     cases = [case for case in cases if "q,v" not in case.name and case.name != "all of them"]
     side = EngineSide(base, AutoTokenizer.from_pretrained(smollm2), store, 2 * REQUESTS, 16)
     calibrator = Calibrator(side._engine, side._manager.lender)
-    gauges: dict[tuple[str, ServingPath], float] = {}
-    quickest: dict[tuple[str, ServingPath], float] = {}
+    ratios: dict[tuple[str, ServingPath], list[float]] = {}
 
     def calibrate() -> None:
         side.merge("mix/lora-all-0")
         for cost in calibrator.calibrate(made_up=False).result().costs:
             if cost.batch == REQUESTS:
-                key = cost.method, cost.path
-                quickest[key] = min(quickest.get(key, cost.step_seconds), cost.step_seconds)
+                ratios.setdefault((cost.method, cost.path), []).append(cost.ratio)
         side.merge(None)
 
     try:
         for case in cases:
             side.prepare(case)
         calibrate()
-        figures = measure_mix(side, cases, Shape(64, 32, 16), base.vocab_size, repeat=3, seed=0)
+        figures = measure_mix(side, cases, Shape(64, 32, 16), base.vocab_size, repeat=5, seed=0)
         calibrate()
     finally:
         calibrator.close()
         side.close()
         torch.set_num_threads(before)
-    for key, seconds in quickest.items():
-        gauges[key] = seconds / quickest["none", ServingPath.BASE]
+    gauges = {key: statistics.mean(values) for key, values in ratios.items()}
     benched = {entry["case"]: 1 / entry["of_base"] for entry in figures}
     print("bench", benched, "gauge", gauges)
     return benched, gauges

@@ -66,35 +66,49 @@ def measure_mix(
 ) -> list[dict[str, Any]]:
     """Run all cases in every one of `repeat` rounds; the figures of each, the base's first.
 
-    A case's `step_ms` is the median time between two tokens of its quickest round, `decode_throughput` the
-    tokens per second that follow from it. `of_base` compares the quickest rounds of case and base;
-    `of_base_rounds` has the ratio within each round, which shares the machine's noise.
+    The base runs before and after every other case, and a round's ratio is that of the mean of these two to
+    the case, so that a machine which slows down over seconds does so for both. A run counts as the median
+    time between two tokens. `step_ms` is the median of a case's runs, `decode_throughput` the tokens per
+    second that follow from it, `of_base_rounds` has the ratio of each round and `of_base` their median.
     """
-    steps: dict[str, list[float]] = {case.name: [] for case in cases}
-    for number in range(repeat + 1):
-        for case in cases:
-            prompts = make_prompts(case.requests, shape.prompt_tokens, vocab_size, seed)
-            side.prepare(case)
-            side.merge(case.names[0] if case.merged else None)
-            run = side.run(case, prompts, shape.new_tokens if number else min(4, shape.new_tokens))
-            if number:  # the first round warms up
-                steps[case.name].append(_step_seconds(run))
-    plain = steps[cases[0].name]
-    figures = []
-    for case in cases:
-        own = steps[case.name]
-        figures.append(
-            {
-                "case": case.name,
-                "requests": case.requests,
-                "adapters": len({*case.names, None}) - 1,
-                "step_ms": min(own) * 1e3,
-                "decode_throughput": case.requests / min(own),
-                "of_base": min(plain) / min(own),
-                "of_base_rounds": [base / mine for base, mine in zip(plain, own, strict=True)],
-            }
-        )
-    return figures
+
+    def step_seconds(case: MixCase, new_tokens: int) -> float:
+        prompts = make_prompts(case.requests, shape.prompt_tokens, vocab_size, seed)
+        side.prepare(case)
+        side.merge(case.names[0] if case.merged else None)
+        return _step_seconds(side.run(case, prompts, new_tokens))
+
+    plain, *others = cases
+    base_steps: list[float] = []
+    steps: dict[str, list[float]] = {case.name: [] for case in others}
+    ratios: dict[str, list[float]] = {case.name: [] for case in others}
+    for case in cases:  # warms up
+        step_seconds(case, min(4, shape.new_tokens))
+    for _ in range(repeat):
+        before = step_seconds(plain, shape.new_tokens)
+        base_steps.append(before)
+        for case in others:
+            own = step_seconds(case, shape.new_tokens)
+            after = step_seconds(plain, shape.new_tokens)
+            steps[case.name].append(own)
+            ratios[case.name].append((before + after) / 2 / own)
+            base_steps.append(after)
+            before = after
+    figures = [_figures(plain, base_steps, [1.0] * repeat)]
+    return figures + [_figures(case, steps[case.name], ratios[case.name]) for case in others]
+
+
+def _figures(case: MixCase, steps: list[float], ratios: list[float]) -> dict[str, Any]:
+    step = statistics.median(steps)
+    return {
+        "case": case.name,
+        "requests": case.requests,
+        "adapters": len({*case.names, None}) - 1,
+        "step_ms": step * 1e3,
+        "decode_throughput": case.requests / step,
+        "of_base": statistics.median(ratios),
+        "of_base_rounds": ratios,
+    }
 
 
 def print_mix(
@@ -104,10 +118,10 @@ def print_mix(
 
     table = Table(
         title=f"Decoding {figures[0]['requests']} requests, {shape.prompt_tokens} prompt and "
-        f"{shape.new_tokens} new tokens each, {kernels} kernels, {threads} threads; quickest round"
+        f"{shape.new_tokens} new tokens each, {kernels} kernels, {threads} threads; median of the rounds"
     )
     table.add_column("case")
-    for heading in ("adapters", "ms/step", "tok/s", "of base", "median round"):
+    for heading in ("adapters", "ms/step", "tok/s", "of base", "rounds"):
         table.add_column(heading, justify="right")
     for entry in figures:
         table.add_row(
@@ -116,7 +130,7 @@ def print_mix(
             f"{entry['step_ms']:.1f}",
             f"{entry['decode_throughput']:.1f}",
             f"{entry['of_base']:.1%}",
-            f"{statistics.median(entry['of_base_rounds']):.1%}",
+            f"{min(entry['of_base_rounds']):.0%} to {max(entry['of_base_rounds']):.0%}",
         )
     console.print(table)
 

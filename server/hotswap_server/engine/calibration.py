@@ -1,8 +1,8 @@
 """What each method costs on this server: homogeneous decode steps beside the base's, on the live model.
 
 In a mixed batch all requests share a step, so their latencies cannot tell. Here a step has rows of one method
-alone, between the steps that requests run in. As in `hotswap bench --mix`, a case counts by the median step
-of its quickest round.
+alone, between the steps that requests run in. As in `hotswap bench --mix`, a case's ratio is the median of
+those to the base's steps just before and after its own.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BATCH_SIZES: Final = (1, 8)
 CONTEXT: Final = 96
 """Tokens before each row's, as in the middle of a request of `hotswap bench --mix`."""
 
-_ROUNDS = 4
-_STEPS = 4  # of a round, after one that warms up
+_ROUNDS = 5
+_STEPS = 3  # of a round, after one that warms up
 
 _log = structlog.get_logger(__name__)
 
@@ -197,32 +197,43 @@ class Calibrator:
         batch: int,
         step: Callable[[Callable[[], AbstractContextManager[list[Row]]]], float],
     ) -> list[MethodCost]:
-        """All cases in every round, so that a machine that slows down does so for each of them."""
-        rounds: dict[_Case, list[float]] = {case: [] for case in cases}
-        for _ in range(_ROUNDS):
-            for case in list(rounds):
-                try:
-                    steps = [step(lambda case=case: self._rows(case, batch)) for _ in range(_STEPS + 1)]  # type: ignore[misc]
-                except _GoneError:
-                    del rounds[case]
-                    continue
-                rounds[case].append(statistics.median(steps[1:]))
-        quickest = {case: min(seconds) for case, seconds in rounds.items()}
-        base = next((seconds for case, seconds in quickest.items() if case.path is ServingPath.BASE), None)
-        if base is None:
+        """Every case in every round between two runs of the first, the base, which give the round's ratio: a
+        machine that slows down for seconds does so for both sides of it."""
+
+        def seconds(case: _Case) -> float:
+            steps = [step(lambda: self._rows(case, batch)) for _ in range(_STEPS + 1)]
+            return statistics.median(steps[1:])
+
+        plain, *others = cases
+        base_seconds: list[float] = []
+        pairs: dict[_Case, list[tuple[float, float]]] = {case: [] for case in others}
+        try:
+            for _ in range(_ROUNDS):
+                base_seconds.append(seconds(plain))
+                for case in list(pairs):
+                    try:
+                        own = seconds(case)
+                    except _GoneError:
+                        del pairs[case]
+                        continue
+                    base_seconds.append(seconds(plain))
+                    pairs[case].append((own, statistics.mean(base_seconds[-2:])))
+        except _GoneError:
             return []
-        return [
-            MethodCost(
-                method=case.method,
-                path=case.path,
-                batch=batch,
-                ratio=seconds / base,
-                step_seconds=seconds,
-                adapters=min(batch, case.num_adapters),
-                made_up=bool(case.lent),
+        costs = [MethodCost(plain.method, plain.path, batch, 1.0, statistics.median(base_seconds), 0, False)]
+        for case, timed in pairs.items():
+            costs.append(
+                MethodCost(
+                    method=case.method,
+                    path=case.path,
+                    batch=batch,
+                    ratio=statistics.median(own / base for own, base in timed),
+                    step_seconds=statistics.median(own for own, _ in timed),
+                    adapters=min(batch, case.num_adapters),
+                    made_up=bool(case.lent),
+                )
             )
-            for case, seconds in quickest.items()
-        ]
+        return costs
 
     @contextmanager
     def _rows(self, case: _Case, batch: int) -> Iterator[list[Row]]:
