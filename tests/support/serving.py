@@ -37,7 +37,7 @@ async def serving(start: Start) -> AsyncIterator[Serving]:
         await task
 
 
-def serving_tiny(base: object, store: object, metrics_port: int, **flags: object):
+def serving_tiny(base: object, store: object, metrics_port: int, /, **flags: object):
     """`serving` with the settings that suit a tiny base, and `flags` over them."""
     options = {"base": str(base), "store": str(store), "kv_cache_bytes": "1MiB", "threads": 1}
     settings = load_settings(**(options | {"port": 0, "metrics_port": metrics_port} | flags))
