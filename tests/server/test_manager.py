@@ -314,6 +314,33 @@ def test_a_pinned_adapter_stays_and_counts_until_it_is_unpinned(manager):
     assert "b" not in evicted(manager)
 
 
+def test_what_is_merged_and_pinned_too_keeps_its_slot_when_another_one_is_merged(manager):
+    b, c = (manager.resolve(f"acme/{name}", None) for name in "bc")
+    manager.pin("acme/a", None).result(SOON_S)
+    manager.hold(b).result(SOON_S)
+    manager.pin("acme/b", None).result(SOON_S)
+    with pytest.raises(CapacityError, match="2 of 3 lora slots"):
+        manager.hold(c, instead_of=b)
+    manager.unpin("acme/b", None)
+    manager.hold(c, instead_of=b).result(SOON_S)
+    with pytest.raises(CapacityError, match="2 of 3 lora slots"):
+        manager.pin("acme/b", None)
+    manager.let_go(b)
+    use(manager, "d", "e")
+    assert {"d", "e"} & set(evicted(manager)), "a slot is left for others"
+
+
+def test_what_memory_has_is_listed_when_the_store_has_it_no_more(manager, store):
+    manager.pin("acme/a", None).result(SOON_S)
+    shutil.rmtree(store / "acme" / "a")
+    listed = {info.ref.name: info for info in manager.list()}
+    assert listed["acme/a"].pinned
+    assert (listed["acme/a"].residency, listed["acme/a"].error) == (Residency.DEVICE, None)
+    manager.unpin("acme/a", None)
+    manager.unload("acme/a", None, in_use=InUse.REFUSE).result(SOON_S)
+    assert "acme/a" not in {info.ref.name for info in manager.list()}
+
+
 def test_a_pin_is_of_one_version(manager, store, sources):
     manager.pin("acme/a", None).result(SOON_S)
     shutil.copytree(sources[1], store / "acme" / "a" / "2")

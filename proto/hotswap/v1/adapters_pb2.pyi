@@ -172,7 +172,7 @@ Global___Adapter: _TypeAlias = Adapter  # noqa: Y015
 
 @_typing.final
 class ListAdaptersRequest(_message.Message):
-    """Asks for a page of the store's adapters."""
+    """Asks for a page of the adapters."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -87,7 +87,8 @@ class AdapterServiceServicer:
     """
 
     def ListAdapters(self, request, context):
-        """Lists the store's adapters by name and version, a page at a time.
+        """Lists the adapters of the store, and those that are still in memory without being there any more, by name and
+        version, a page at a time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

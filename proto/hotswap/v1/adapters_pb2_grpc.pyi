@@ -38,7 +38,9 @@ class AdapterServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> AdapterServiceAsyncStub: ...
     ListAdapters: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]
-    """Lists the store's adapters by name and version, a page at a time."""
+    """Lists the adapters of the store, and those that are still in memory without being there any more, by name and
+    version, a page at a time.
+    """
     GetAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]
     """Describes one version of an adapter."""
     LoadAdapter: _grpc.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]
@@ -66,7 +68,9 @@ class AdapterServiceAsyncStub(AdapterServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListAdapters: _aio.UnaryUnaryMultiCallable[_adapters_pb2.ListAdaptersRequest, _adapters_pb2.ListAdaptersResponse]  # type: ignore[assignment]
-    """Lists the store's adapters by name and version, a page at a time."""
+    """Lists the adapters of the store, and those that are still in memory without being there any more, by name and
+    version, a page at a time.
+    """
     GetAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.GetAdapterRequest, _adapters_pb2.GetAdapterResponse]  # type: ignore[assignment]
     """Describes one version of an adapter."""
     LoadAdapter: _aio.UnaryUnaryMultiCallable[_adapters_pb2.LoadAdapterRequest, _adapters_pb2.LoadAdapterResponse]  # type: ignore[assignment]
@@ -97,7 +101,9 @@ class AdapterServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _adapters_pb2.ListAdaptersRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_adapters_pb2.ListAdaptersResponse, _abc.Awaitable[_adapters_pb2.ListAdaptersResponse]]:
-        """Lists the store's adapters by name and version, a page at a time."""
+        """Lists the adapters of the store, and those that are still in memory without being there any more, by name and
+        version, a page at a time.
+        """
 
     @_abc_1.abstractmethod
     def GetAdapter(

@@ -35,7 +35,12 @@ from hotswap_server.adapters.store import AdapterStore
 from hotswap_server.adapters.unloading import unload
 from hotswap_server.core import AdapterRef
 from hotswap_server.engine.base import BaseModel
-from hotswap_server.errors import AdapterInUseError, CapacityError, HotswapError
+from hotswap_server.errors import (
+    AdapterInUseError,
+    AdapterNotFoundError,
+    CapacityError,
+    HotswapError,
+)
 
 
 class AdapterManager:
@@ -134,22 +139,27 @@ class AdapterManager:
         """The version that a request gets now; see `AdapterStore.resolve`."""
         return self._store.resolve(name, version, key=key)
 
-    def stored(self) -> Sequence[tuple[str, int]]:
-        """Name and version of all that the store has, ascending; none of it is read."""
-        return sorted((stored.name, version) for stored in self._store.list() for version in stored.versions)
+    def known(self) -> Sequence[tuple[str, int]]:
+        """Name and version of all that the store or memory has, ascending; none of it is read."""
+        stored = {(stored.name, version) for stored in self._store.list() for version in stored.versions}
+        return sorted(stored | self.all_in_memory().keys())
 
     def list(self, versions: Iterable[tuple[str, int]] | None = None) -> list[AdapterInfo]:
-        """These, or all in the store. One that cannot be read says why in `error`.
+        """These, or all that are known. One that cannot be read says why in `error`.
 
         Nothing is fetched to be hashed: a version without a manifest may have no digest yet.
         """
         infos = []
-        wanted = tuple(self.stored() if versions is None else versions)
+        wanted = tuple(self.known() if versions is None else versions)
         self._store.survey(wanted)
+        in_memory = self.all_in_memory()
         for name, version in wanted:
             try:
                 infos.append(self.describe(self._store.peek(name, version)))
             except HotswapError as error:
+                if isinstance(error, AdapterNotFoundError) and (name, version) in in_memory:
+                    infos.append(self.describe(in_memory[name, version]))
+                    continue
                 ref = AdapterRef(name, version, "", "")
                 infos.append(AdapterInfo(ref, Residency.STORE, 0, 0, False, 0, {}, str(error)))
         return infos
@@ -227,9 +237,9 @@ class AdapterManager:
     def hold(self, ref: AdapterRef, *, instead_of: AdapterRef | None = None) -> Future[AdapterInfo]:
         """`pin`, for a version that is to be merged, until `let_go`. An error makes that needless.
 
-        `instead_of` is let go of soon, so its slot counts as one for others.
+        `instead_of` is let go of soon, so unless it is pinned too its slot counts as one for others.
         """
-        return self._keep(ref, held=True, spare=instead_of is not None)
+        return self._keep(ref, held=True, instead_of=instead_of)
 
     def let_go(self, ref: AdapterRef) -> None:
         """End a `hold`."""
@@ -241,7 +251,12 @@ class AdapterManager:
         return self._loader.load(ref)
 
     def _keep(
-        self, ref: AdapterRef, *, pinned: bool = False, held: bool = False, spare: bool = False
+        self,
+        ref: AdapterRef,
+        *,
+        pinned: bool = False,
+        held: bool = False,
+        instead_of: AdapterRef | None = None,
     ) -> Future[AdapterInfo]:
         loaded = _promise()
         placement = self._placement
@@ -250,10 +265,14 @@ class AdapterManager:
             if resident is not None and resident.leaving:
                 raise AdapterInUseError(f"{ref} is being unloaded; retry when it is gone", adapter=ref.name)
             slots = self._banks[ref.method].num_slots
-            kept = placement.num_kept(ref.method) - spare
-            if (resident is None or not resident.kept) and kept + 1 >= slots:
+            kept = {r.ref for r in placement.residents.values() if r.kept and r.ref.method == ref.method}
+            if instead_of is not None and not placement.residents[instead_of].pinned:
+                kept.discard(instead_of)
+            # While one merge replaces another both are held, so even what is kept already may not be pinned.
+            if not (resident is not None and resident.pinned) and len(kept | {ref}) >= slots:
+                others = len(kept - {ref})
                 raise CapacityError(
-                    f"{ref}: {kept} of {slots} {ref.method} slots hold adapters that are pinned or merged, "
+                    f"{ref}: {others} of {slots} {ref.method} slots hold adapters that are pinned or merged, "
                     "and one must be left for the others; unpin one, or start the server with more "
                     "--adapter-slots"
                 )
@@ -277,11 +296,12 @@ class AdapterManager:
         found = [info for info in infos if info.residency is not Residency.STORE]
         return sorted(found, key=lambda info: info.ref.version)
 
-    def all_in_memory(self) -> set[tuple[str, int]]:
-        """Name and version of all that are in host or device memory."""
+    def all_in_memory(self) -> dict[tuple[str, int], AdapterRef]:
+        """All that are in host or device memory, by name and version."""
         with self._placement.lock:
             ready = {ref for ref, r in self._placement.residents.items() if r.state is State.READY}
-        return {(ref.name, ref.version) for ref in ready | self._placement.host_copies.all()}
+            refs = ready | self._placement.host_copies.all()
+        return {(ref.name, ref.version): ref for ref in refs}
 
     def unload(self, name: str, version: int | None, *, in_use: InUse) -> Future[int]:
         """Take a version, or all of a name, from device and host.

@@ -247,9 +247,6 @@ class Placement:
     def num_pinned(self, method: str) -> int:
         return sum(resident.pinned for resident in self.residents.values() if resident.ref.method == method)
 
-    def num_kept(self, method: str) -> int:
-        return sum(resident.kept for resident in self.residents.values() if resident.ref.method == method)
-
     # What those who measure ask; see `Lender`.
 
     def borrow(self, ref: AdapterRef) -> int | None:

@@ -62,7 +62,7 @@ class AdapterServicer(adapters_pb2_grpc.AdapterServiceServicer):
         may_use = current_call().principal.adapters.match
         versions = [
             (name, version)
-            for name, version in await self._store.run(self._manager.stored)
+            for name, version in await self._store.run(self._manager.known)
             if name.startswith(request.name_prefix) and may_use(name)
         ]
         if not request.all_versions:

@@ -183,7 +183,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     code = status.code
                     status.trailing_metadata += ((REQUEST_ID_KEY, call.request_id),)
                     call.facts["error"] = _reason(error)
-                    await context.abort_with_status(status)
+                    try:
+                        await context.abort_with_status(status)
+                    except grpc.aio.InternalError:
+                        # The caller was gone before it could be told, which is no error of the server's.
+                        raise asyncio.CancelledError from None
         finally:
             self._ended(call, code, time.monotonic() - started)
 

@@ -87,7 +87,7 @@ class FakeManager:
             version = self.aliases[str(reference)].choose(key, name)
         return self.get(str(reference.name), reference.version or version).ref
 
-    def stored(self) -> list[tuple[str, int]]:
+    def known(self) -> list[tuple[str, int]]:
         return sorted(self.infos)
 
     def list(self, versions: list[tuple[str, int]]) -> list[AdapterInfo]:

@@ -11,6 +11,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hotswap.aliases import Target
 from hotswap.v1 import adapters_pb2, common_pb2, inference_pb2
 from hotswap_server.core import SamplingParams
+from hotswap_server.errors import OverloadedError
 from structlog.testing import capture_logs
 
 SERVICES = ("hotswap.v1.InferenceService", "hotswap.v1.AdapterService")
@@ -137,6 +138,22 @@ async def test_a_deadline_leaves_the_engine(serving, refusal_of, rpc):
         await asyncio.wait_for(s.engine.ended_early.wait(), 5)
         await asyncio.wait_for(s.server._calls.wait_idle(), 5)
         assert s.engine.running == 0
+
+
+async def test_an_error_that_finds_the_caller_gone_is_a_cancellation(serving):
+    """gRPC raises InternalError from an abort if it has not yet told the handler that the call is over."""
+
+    class Gone:
+        invocation_metadata = staticmethod(tuple)
+        set_trailing_metadata = staticmethod(lambda metadata: None)
+
+        async def abort_with_status(self, status):
+            raise grpc.aio.InternalError
+
+    async with serving() as s:
+        with pytest.raises(asyncio.CancelledError):
+            async with s.server._calls._call("hotswap.v1.InferenceService/Generate", Gone(), b""):
+                raise OverloadedError("there is no room")
 
 
 @pytest.mark.parametrize("rpc", ["Generate", "GenerateStream"])
