@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -18,6 +18,7 @@ from hotswap_client._calls import (
     ScoreOptions,
     TokenizeOptions,
 )
+from hotswap_client._replicas import Affinity
 from hotswap_client._results import (
     Adapter,
     AdapterTransition,
@@ -41,20 +42,24 @@ class AsyncClient:
 
     def __init__(
         self,
-        target: str = "localhost:50051",
+        target: str | None = None,
         *,
+        targets: Sequence[str] | None = None,
+        affinity: Affinity | None = None,
         api_key: str | None = None,
         timeout: float | None = None,
         retries: int = 3,
         tls: TLS | bool = False,
         allow_plaintext_key: bool = False,
     ) -> None:
-        self._settings = Settings.of(target, api_key, timeout, retries, tls, allow_plaintext_key)
+        self._settings = Settings.of(
+            target, api_key, timeout, retries, tls, allow_plaintext_key, targets, affinity
+        )
         options, files = self._settings.channel_options(), self._settings.tls
         self._channel = (
-            aio.insecure_channel(target, options)
+            aio.insecure_channel(self._settings.target, options)
             if files is None
-            else aio.secure_channel(target, files.credentials(), options)
+            else aio.secure_channel(self._settings.target, files.credentials(), options)
         )
         self.adapters = AsyncAdapters(self)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ from urllib.parse import quote
 
 import grpc
 
+from hotswap_client import _replicas
 from hotswap_client._calls import Call, Default
+from hotswap_client._replicas import Affinity
 from hotswap_client._trace import trace_context
+
+DEFAULT_TARGET = "localhost:50051"
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_RETRIES = 4  # gRPC makes at most five attempts, whatever its service config says
@@ -44,6 +49,8 @@ class TLS:
 class Settings:
     """A client's checked settings. The API key stays out of its `repr`.
 
+    `target` is gRPC's; where it stands for several servers, `targets` are what it was made of.
+
     Raises:
         ValueError: a value is wrong, or the key would cross a network in the clear without being allowed to.
     """
@@ -54,8 +61,16 @@ class Settings:
     retries: int
     tls: TLS | None
     allow_plaintext_key: bool = False
+    targets: tuple[str, ...] = ()
+    affinity: Affinity | None = None
 
     def __post_init__(self) -> None:
+        _replicas.check_affinity(self.affinity, several=bool(self.targets))
+        if len(self.targets) > 1 and self.tls is not None and self.tls.server_name is None:
+            raise ValueError(
+                "tls: several targets need a server_name that the certificate of each of them has, "
+                "TLS(server_name=…)"
+            )
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ValueError("api_key must be printable ASCII without line breaks")
         if self.api_key is not None and self.tls is None and not (self.allow_plaintext_key or self._local):
@@ -69,15 +84,24 @@ class Settings:
     @classmethod
     def of(
         cls,
-        target: str,
+        target: str | None,
         api_key: str | None,
         timeout: float | None,
         retries: int,
         tls: TLS | bool,
         allow_plaintext_key: bool,
+        targets: Sequence[str] | None,
+        affinity: Affinity | None,
     ) -> Settings:
         files = (TLS() if tls else None) if isinstance(tls, bool) else tls
-        return cls(target, api_key, timeout, retries, files, allow_plaintext_key)
+        if targets is None:
+            given: tuple[str, ...] = ()
+            target = DEFAULT_TARGET if target is None else target
+        elif target is not None:
+            raise ValueError("target and targets exclude one another; give one server, or several")
+        else:
+            target, given = _replicas.one_target(targets), tuple(targets)
+        return cls(target, api_key, timeout, retries, files, allow_plaintext_key, given, affinity)
 
     @property
     def _local(self) -> bool:
@@ -87,7 +111,12 @@ class Settings:
     def describe(self) -> str:
         """The arguments of a client's `repr`."""
         key = None if self.api_key is None else "***"
-        return f"{self.target!r}, api_key={key!r}, timeout={self.timeout}, tls={self.tls!r}"
+        where = (
+            f"targets={list(self.targets)!r}, affinity={self.affinity!r}"
+            if self.targets
+            else f"{self.target!r}"
+        )
+        return f"{where}, api_key={key!r}, timeout={self.timeout}, tls={self.tls!r}"
 
     def call_options(self, call: Call[Any]) -> dict[str, Any]:
         """Timeout and metadata of a call, as gRPC's keywords."""
@@ -95,10 +124,11 @@ class Settings:
         return {"timeout": timeout, "metadata": self._metadata(call.adapter)}
 
     def _metadata(self, adapter: str) -> tuple[tuple[str, str], ...]:
-        """What a call carries: the adapter's name for proxies that route by it, the trace, the API key."""
+        """What a call carries: the adapter's name for whoever routes by it, the trace, the API key."""
+        # All versions of an adapter belong together. Calls for the base have no name, and so are spread.
         # Metadata is ASCII; a plain `tenant/name` stays as it is.
-        routing = (("x-adapter", quote(adapter, safe="/@")),)
-        carried = (*routing, *trace_context())
+        name = quote(adapter.partition("@")[0], safe="/")
+        carried = (*(((_replicas.ADAPTER_KEY, name),) if name else ()), *trace_context())
         if self.api_key is None:
             return carried
         return (*carried, ("authorization", f"Bearer {self.api_key}"))
@@ -113,8 +143,12 @@ class Settings:
         ]
         if self.api_key is not None and self._local:
             options.append(("grpc.enable_http_proxy", 0))  # or a proxy of the environment would see the key
-        if self.retries > 0:
-            options.append(("grpc.service_config", _service_config(self.retries + 1)))
+        config = _retry_config(self.retries + 1) if self.retries > 0 else {}
+        if self.targets:
+            config |= _replicas.service_config(self.affinity)
+            options += _replicas.channel_options()
+        if config:
+            options.append(("grpc.service_config", json.dumps(config)))
         if self.tls is not None and self.tls.server_name is not None:
             options.append(("grpc.ssl_target_name_override", self.tls.server_name))
         return options
@@ -146,7 +180,7 @@ def _is_loopback(host: str) -> bool:
         return host.lower() == "localhost"
 
 
-def _service_config(max_attempts: int) -> str:
+def _retry_config(max_attempts: int) -> dict[str, Any]:
     policy = {
         "maxAttempts": max_attempts,
         "initialBackoff": "0.1s",
@@ -155,4 +189,4 @@ def _service_config(max_attempts: int) -> str:
         "retryableStatusCodes": ["UNAVAILABLE"],
     }
     services = [{"service": f"hotswap.v1.{name}"} for name in ("InferenceService", "AdapterService")]
-    return json.dumps({"methodConfig": [{"name": services, "retryPolicy": policy}]})
+    return {"methodConfig": [{"name": services, "retryPolicy": policy}]}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -17,6 +17,7 @@ from hotswap_client._calls import (
     ScoreOptions,
     TokenizeOptions,
 )
+from hotswap_client._replicas import Affinity
 from hotswap_client._results import (
     Adapter,
     AdapterTransition,
@@ -35,7 +36,11 @@ Result = TypeVar("Result")
 
 
 class Client:
-    """A client of one server; threads may share it.
+    """A client of one server, by default `localhost:50051`, or of its replicas; threads may share it.
+
+    `targets` are replicas that serve the same store: each HOST:PORT, or a single name with all their
+    addresses, `dns:///NAME:PORT`. They get calls in turn, or with `affinity="adapter"` each adapter's calls
+    go to the same one; in any case only to those that say they serve.
 
     `api_key` goes with every call as a bearer token. `timeout` is every call's, in seconds, unless the call
     has its own. A call that fails with UNAVAILABLE before its first reply is tried up to `retries` (0 to 4)
@@ -47,20 +52,24 @@ class Client:
 
     def __init__(
         self,
-        target: str = "localhost:50051",
+        target: str | None = None,
         *,
+        targets: Sequence[str] | None = None,
+        affinity: Affinity | None = None,
         api_key: str | None = None,
         timeout: float | None = None,
         retries: int = 3,
         tls: TLS | bool = False,
         allow_plaintext_key: bool = False,
     ) -> None:
-        self._settings = Settings.of(target, api_key, timeout, retries, tls, allow_plaintext_key)
+        self._settings = Settings.of(
+            target, api_key, timeout, retries, tls, allow_plaintext_key, targets, affinity
+        )
         options, files = self._settings.channel_options(), self._settings.tls
         self._channel = (
-            grpc.insecure_channel(target, options)
+            grpc.insecure_channel(self._settings.target, options)
             if files is None
-            else grpc.secure_channel(target, files.credentials(), options)
+            else grpc.secure_channel(self._settings.target, files.credentials(), options)
         )
         self.adapters = Adapters(self)
 

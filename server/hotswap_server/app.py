@@ -203,6 +203,7 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
         health_check=address_of(settings, "health_port"),
         reflect=not loaded.security.access.required if settings.reflection is None else settings.reflection,
         tracing=tracing,
+        max_connection_age=settings.max_connection_age,
     )
     scraped: MetricsServer | None = None
     stop = asyncio.Event() if stop is None else stop

@@ -162,6 +162,12 @@ class ServeSettings(BaseSettings):
     drain_timeout: float = Field(
         30.0, ge=0, description="Longest that a stop waits for running requests, in seconds."
     )
+    max_connection_age: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds until a connection is asked to be made anew; its calls end in peace. Default: never.",
+    )
     tls_cert: Path | None = Field(
         None, description="Certificate with its chain, PEM; with tls_key it switches TLS on."
     )

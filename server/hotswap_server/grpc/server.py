@@ -66,6 +66,7 @@ class Bound:
 class GrpcServer:
     """Serves an engine. `start`, then `stop`; both once, on the same event loop.
 
+    `max_connection_age` is in seconds; a connection that is older takes no further calls.
     Health is on every port, the API's services on the first; AdapterService on that of `admin` instead, if
     given. The port of `health` has neither TLS nor another service.
     """
@@ -85,6 +86,7 @@ class GrpcServer:
         health_check: Address | None = None,
         reflect: bool = True,
         tracing: Tracing | None = None,
+        max_connection_age: float | None = None,
     ) -> None:
         self._engine = engine
         self._security = security or Security(Access())
@@ -100,6 +102,7 @@ class GrpcServer:
         self._guard = AccessInterceptor(self._security.access)
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._max_message_bytes = max_message_bytes
+        self._max_connection_age = max_connection_age
         self._main = self._new_server()
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(
             InferenceServicer(engine, self._encoder, self._store), self._main
@@ -121,6 +124,7 @@ class GrpcServer:
         self._telling: set[asyncio.Future[None]] = set()
 
     def _new_server(self) -> grpc.aio.Server:
+        age = self._max_connection_age
         server = grpc.aio.server(
             interceptors=[self._calls, self._guard],
             options=[
@@ -131,6 +135,7 @@ class GrpcServer:
                 ("grpc.keepalive_timeout_ms", 20_000),
                 ("grpc.keepalive_permit_without_calls", 1),
                 ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+                *([] if age is None else [("grpc.max_connection_age_ms", max(1, round(age * 1000)))]),
             ],
         )
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
