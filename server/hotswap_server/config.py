@@ -166,7 +166,7 @@ class ServeSettings(BaseSettings):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds until a connection is asked to be made anew; its calls end in peace. Default: never.",
+        description="Age in seconds at which clients are asked to connect anew; calls go on. Default: none.",
     )
     tls_cert: Path | None = Field(
         None, description="Certificate with its chain, PEM; with tls_key it switches TLS on."
