@@ -147,6 +147,8 @@ class Settings:
         if self.targets:
             config |= _replicas.service_config(self.affinity)
             options += _replicas.channel_options()
+        if len(self.targets) > 1 and self.tls is None:
+            options.append(("grpc.default_authority", self.targets[0]))  # a list would not be a host's name
         if config:
             options.append(("grpc.service_config", json.dumps(config)))
         if self.tls is not None and self.tls.server_name is not None:

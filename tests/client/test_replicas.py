@@ -17,6 +17,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from hotswap.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 from hotswap_client import TLS, AsyncClient, Client, Unavailable
 from hotswap_client._replicas import one_target
+from support.certificates import Authority
 from support.running import wait_until
 
 NAMES = [f"tenant-{i % 7}/adapter-{i}" for i in range(60)]
@@ -46,7 +47,7 @@ class Replica:
             context.abort(grpc.StatusCode.UNAVAILABLE, "not now")
 
 
-def _start(number: int) -> Replica:
+def _start(number: int, credentials: grpc.ServerCredentials | None = None) -> Replica:
     replica = Replica(number, grpc.server(ThreadPoolExecutor(8)))
 
     def generate(self: Any, request: Any, context: grpc.ServicerContext) -> Any:
@@ -77,7 +78,10 @@ def _start(number: int) -> Replica:
     )
     health_pb2_grpc.add_HealthServicer_to_server(replica.health, replica.server)
     replica.serving(True)
-    replica.port = replica.server.add_insecure_port("127.0.0.1:0")
+    if credentials is None:
+        replica.port = replica.server.add_insecure_port("127.0.0.1:0")
+    else:
+        replica.port = replica.server.add_secure_port("127.0.0.1:0", credentials)
     replica.server.start()
     return replica
 
@@ -206,6 +210,20 @@ def test_what_was_refused_before_the_first_message_is_tried_again_and_a_broken_s
 def test_one_target_of_several_addresses_is_balanced_as_well(targets):
     with Client(targets=[f"ipv4:{','.join(targets)}"], affinity="adapter") as client:
         assert set(places(client).values()) == {0, 1, 2}
+
+
+def test_with_tls_all_have_the_name_that_is_asked_for(tmp_path):
+    authority = Authority()
+    (tmp_path / "ca.crt").write_bytes(authority.cert)
+    pairs = [authority.issue(name, name) for name in ("replicas.example", "replicas.example", "else.example")]
+    credentials = [grpc.ssl_server_credentials([(pair.key, pair.cert)]) for pair in pairs]
+    started = [_start(number, own) for number, own in enumerate(credentials)]
+    tls = TLS(ca=tmp_path / "ca.crt", server_name="replicas.example")
+    targets = [f"127.0.0.1:{replica.port}" for replica in started]
+    with Client(targets=targets, affinity="adapter", tls=tls, api_key="s3cret") as client:
+        assert set(places(client).values()) == {0, 1}
+    for replica in started:
+        replica.server.stop(None).wait()
 
 
 def test_many_threads_share_a_client(targets):
