@@ -15,6 +15,7 @@ from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.methods.lora.adapter import LoraAdapter
 from hotswap_server.adapters.methods.lora.bank import LoraBank
 from hotswap_server.bench.ours import EngineSide
+from hotswap_server.bench.quantized import KIND, measure_quantized
 from hotswap_server.bench.shapes import random_lora, random_model
 from hotswap_server.bench.steps import (
     StepBench,
@@ -56,6 +57,9 @@ def measure_gpu(shape: str, device: torch.device, dtype: torch.dtype, *, eager: 
     figures["seconds_to_first_answer"] = time.perf_counter() - began
     figures |= _measure_steps(base, tell)
     figures["swaps"] = _measure_swaps(base, tell)
+    figures["quantized"] = measure_quantized(
+        shape, device, dtype, context=CONTEXT, rank=_RANK, eager=eager, tell=tell
+    )
     return figures
 
 
@@ -190,8 +194,10 @@ def print_gpu(console: Any, figures: dict[str, Any]) -> None:
     table.add_column("step")
     for heading in ("batch", "ms", "spread", "of base", "floor", "over floor"):
         table.add_column(heading, justify="right")
-    plain = {step["batch"]: step["ms"] for step in figures["steps"] if step["case"] == "base"}
-    for step in figures["steps"]:
+    quantized = figures["quantized"]
+    steps = [*figures["steps"], *quantized.get("steps", ())]
+    plain = {step["batch"]: step["ms"] for step in steps if step["case"] == "base"}
+    for step in steps:
         floor = step["floor_ms"]
         prompts = floor != floor
         table.add_row(
@@ -204,6 +210,10 @@ def print_gpu(console: Any, figures: dict[str, Any]) -> None:
             "" if prompts else f"{step['ms'] / floor:.2f}",
         )
     console.print(table)
+    if "missing" in quantized:
+        console.print(f"no steps over a base in {KIND}: {quantized['missing']}")
+    else:
+        console.print(f"weights in {KIND} are {quantized['weight_bytes'] / 1e9:.1f} GB")
     engine, swaps = figures["engine"], figures["swaps"]
     console.print(
         f"whole engine, {engine['requests']} requests: {engine['step_ms']:.2f} ms between tokens, median; "

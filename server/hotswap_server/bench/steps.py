@@ -123,9 +123,10 @@ class StepBench:
 
     @property
     def weight_bytes(self) -> int:
-        """What a step reads: every matrix but the table of embeddings, of which it takes a few rows."""
-        groups = sum(group.projection.weight().nbytes for group in self.base.projections)
-        return int(groups + self.base.vocab_size * self.base.config.hidden_size * self.base.dtype.itemsize)
+        """What a step reads: everything but the table of embeddings, of which it takes a few rows."""
+        base = self.base
+        table = 0 if base.tied_head or base.embedding is None else base.embedding.weight.nbytes
+        return base.weight_bytes - table
 
     def inputs(self, batch: int, adapters: Sequence[tuple[str, int] | None] = (None,)) -> StepInputs:
         """A decode step's, for whoever wants to run it; its pages stay taken."""

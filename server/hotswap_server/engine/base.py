@@ -169,6 +169,7 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
             groups.append(_replace(model, members, kernels))
         if isinstance(head, Linear):
             head_group = _replace(model, [(names[head], head)], kernels)
+    weight_bytes += sum(group.added_bytes for group in groups)
     for module, site in sites.items():
         module.hotswap_attention = LayerAttention(site.layer, state)  # type: ignore[assignment]
         module.hotswap_hidden = False  # type: ignore[assignment]

@@ -53,7 +53,8 @@ class StackedProjection:
 class ProjectionGroup:
     """Projections that read the same tensor, such as q, k and v.
 
-    Their weights are stacked into one; quantised ones stay apart, in a `StackedProjection`.
+    Their weights are stacked into one; quantised ones stay apart, in a `StackedProjection`, where the kernels
+    have no product for all. `added_bytes` is what the projection holds beyond the weights it was made of.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class ProjectionGroup:
         in_features: int,
         projection: Projection,
         bias: torch.Tensor | None,
+        added_bytes: int = 0,
     ) -> None:
         self.names = tuple(names)
         self.widths = tuple(widths)
@@ -73,6 +75,7 @@ class ProjectionGroup:
         self.base_projection = projection
         self.projection = projection  # what runs: another one while an adapter is merged
         self.bias = bias
+        self.added_bytes = added_bytes
         self.correction: ProjectionDelta | None = None
         self.inputs: list[InputTransform] = []
         self.deltas: list[ProjectionDelta] = []
@@ -93,12 +96,19 @@ class ProjectionGroup:
                 ]
             )
         projection: Projection
-        if any(isinstance(linear, QuantizedLinear) for linear in linears):
+        added_bytes = 0
+        quantized = [linear.projection for linear in linears if isinstance(linear, QuantizedLinear)]
+        fused = kernels.four_bit(quantized, bias) if len(quantized) == len(linears) else None
+        if fused is not None:
+            projection = fused
+            added_bytes = fused.nbytes - sum(member.nbytes for member in quantized)
+        elif quantized:
             projection = StackedProjection([_projection(linear, kernels) for linear in linears])
         else:
             projection = kernels.projection(torch.cat([linear.weight for linear in linears]), bias)
         widths = [linear.out_features for linear in linears]
-        return cls([name for name, _ in members], widths, linears[0].in_features, projection, bias)
+        names = [name for name, _ in members]
+        return cls(names, widths, linears[0].in_features, projection, bias, added_bytes)
 
     def weight_of(self, name: str) -> torch.Tensor:
         """A member's weight [out_features, in_features], bit for bit the base's, dequantised if need be."""

@@ -96,6 +96,40 @@ class LowRankUpdate:
         return self.a.shape[0]
 
 
+@dataclass(frozen=True, slots=True)
+class FourBitWeight:
+    """A weight [out_features, in_features] in 4 bits, as bitsandbytes packs it, with its scales resolved.
+
+    `packed` [out_features, in_features / 2] uint8 has the first of two inputs in the upper half of a byte;
+    `values` are what the 16 codes stand for, in `code` [16] float32 too. `scales` [in_features / `chunk`,
+    out_features] float32 are what they are multiplied by; `chunk` is the block of the quantisation, or less
+    where a row does not end with one.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    code: torch.Tensor
+    values: tuple[float, ...]
+    chunk: int
+    dtype: torch.dtype
+    """What the weight is of, unpacked."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scales.nbytes
+
+
+class FourBitSource(Protocol):
+    """A projection that may be in 4 bits; `nbytes` is the memory of its weight and scales."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    def resolved(self) -> FourBitWeight | None:
+        """Its weight, None if it is held otherwise."""
+        ...
+
+
 class Activation(IntEnum):
     """The functions of bottleneck adapters, numbered as in bottleneck.c."""
 
@@ -168,6 +202,13 @@ class Projection(Protocol):
         ...
 
 
+class FusedProjection(Projection, Protocol):
+    """One projection of several; `nbytes` is the memory of its weight and scales."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+
 class Kernels(Protocol):
     """The operations that differ between devices."""
 
@@ -177,6 +218,10 @@ class Kernels(Protocol):
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         """Prepare `weight` [out_features, in_features]; the caller may free it afterwards."""
+        ...
+
+    def four_bit(self, members: Sequence[FourBitSource], bias: torch.Tensor | None) -> FusedProjection | None:
+        """One projection of all `members`, whose weights are copied, with `bias`; None if they stay apart."""
         ...
 
     def merged(

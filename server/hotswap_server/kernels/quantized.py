@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bitsandbytes import matmul_4bit  # type: ignore[attr-defined]
-from bitsandbytes.functional import QuantState, dequantize_4bit
+from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from bitsandbytes.nn import Linear4bit, Linear8bitLt  # type: ignore[attr-defined]
 from torch import nn
 
+from hotswap_server.kernels.interface import FourBitWeight
+
+_MAX_CHUNK = 128  # inputs of one scale, more of which a fused kernel would go through at once
 _INT8_RANGE = 127.0  # a row's largest weight, its scale, is that many steps
 
 
@@ -37,6 +41,30 @@ class FourBitProjection:
     def weight(self) -> torch.Tensor:
         weight: torch.Tensor = dequantize_4bit(self.packed, self.state)
         return weight
+
+    def resolved(self) -> FourBitWeight:
+        """The same weight for fused kernels: its bytes shared, its scales in float32."""
+        out_features, in_features = self.state.shape
+        scales = self.state.absmax
+        if self.state.nested:
+            scales = dequantize_blockwise(scales, self.state.state2) + self.state.offset
+        block = int(self.state.blocksize)
+        chunk = min(math.gcd(in_features, block), _MAX_CHUNK)
+        rows = torch.arange(out_features, device=scales.device)
+        inputs = torch.arange(0, in_features, chunk, device=scales.device)
+        blocks = (rows * in_features + inputs[:, None]) // block
+        return FourBitWeight(
+            packed=self.packed.view(torch.uint8).view(out_features, in_features // 2),
+            scales=scales.float()[blocks],
+            code=self.state.code.float(),
+            values=tuple(self.state.code.tolist()),
+            chunk=chunk,
+            dtype=self.state.dtype,
+        )
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.packed.nbytes) + self.scale_bytes
 
     @property
     def scale_bytes(self) -> int:
@@ -71,6 +99,13 @@ class Int8Projection:
 
     def weight(self) -> torch.Tensor:
         return self.rows.to(self._dtype).mul_(self.steps[:, None])
+
+    def resolved(self) -> None:
+        """It is not in 4 bits."""
+
+    @property
+    def nbytes(self) -> int:
+        return self.rows.nbytes + self.scale_bytes
 
     @property
     def scale_bytes(self) -> int:

@@ -13,6 +13,9 @@ from hotswap_server.kernels.interface import (
     AttentionLayout,
     BottleneckLayout,
     BottleneckTable,
+    FourBitSource,
+    FourBitWeight,
+    FusedProjection,
     GroupedLora,
     LowRankUpdate,
     Projection,
@@ -37,6 +40,13 @@ class PlainProjection:
         return self._weight
 
 
+def unpack_four_bit(weight: FourBitWeight) -> torch.Tensor:
+    """The weight [out_features, in_features] itself (Dettmers et al., "QLoRA", 2023)."""
+    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).flatten(1)
+    scales = weight.scales.t().repeat_interleave(weight.chunk, dim=1)
+    return (weight.code[codes.long()] * scales).to(weight.dtype)
+
+
 def merged_weight(weight: torch.Tensor, update: LowRankUpdate) -> torch.Tensor:
     """The updated weight in its own type and on its device, computed in float32, some rows at a time."""
     if not update.rank:
@@ -59,6 +69,9 @@ class ReferenceKernels:
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         return PlainProjection(weight, bias)
+
+    def four_bit(self, members: Sequence[FourBitSource], bias: torch.Tensor | None) -> FusedProjection | None:
+        return None
 
     def merged(
         self,

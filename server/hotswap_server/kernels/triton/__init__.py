@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
 from hotswap_server.kernels.interface import (
     AttentionLayout,
     BottleneckTable,
+    FourBitSource,
+    FourBitWeight,
+    FusedProjection,
     GroupedLora,
     Projection,
     TokenSlots,
@@ -16,9 +22,13 @@ from hotswap_server.kernels.interface import (
 )
 from hotswap_server.kernels.reference import ReferenceKernels
 from hotswap_server.kernels.triton.attention import attend_prompts, attend_tokens, write_cache
+from hotswap_server.kernels.triton.four_bit import MIN_CHUNK, four_bit_linear, unpack
 from hotswap_server.kernels.triton.linear import linear
 from hotswap_server.kernels.triton.lowrank import bottleneck, expand, shrink
 from hotswap_server.kernels.triton.rows import MAX_TOKENS, bottleneck_rows, expand_rows, shrink_rows
+
+_FOUR_BIT_PARTS = 2
+"""As many times our kernel reads a weight in 4 bits before it pays to unpack it."""
 
 
 class LinearProjection:
@@ -44,6 +54,38 @@ class LinearProjection:
         return self._weight
 
 
+class FusedFourBitProjection:
+    """Our kernel for a few tokens, in parts for some more; for many the weight is unpacked first."""
+
+    def __init__(self, kernels: TritonKernels, weight: FourBitWeight, bias: torch.Tensor | None) -> None:
+        self._kernels = kernels
+        self._weight = weight
+        self._bias = bias
+        self._counters = torch.zeros(weight.packed.shape[0], dtype=torch.int32, device=weight.packed.device)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        part = self._kernels.linear_tokens
+        if x.shape[0] > _FOUR_BIT_PARTS * part:
+            return F.linear(x, unpack(self._weight), self._bias)
+        x = _dense(x)
+        found = [four_bit_linear(rows, self._weight, self._bias, self._counters)[0] for rows in x.split(part)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def with_lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots) -> torch.Tensor:
+        tiles, _ = _tiles(slots)
+        x = _dense(x)
+        out, hidden = four_bit_linear(x, self._weight, self._bias, self._counters, bank=bank, tiles=tiles)
+        expand_rows(hidden, bank, tiles, out)
+        return out
+
+    def weight(self) -> torch.Tensor:
+        return unpack(self._weight)
+
+    @property
+    def nbytes(self) -> int:
+        return self._weight.nbytes
+
+
 class TritonKernels(ReferenceKernels):
     """Kernels for a GPU.
 
@@ -65,6 +107,21 @@ class TritonKernels(ReferenceKernels):
 
     def projection(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Projection:
         return LinearProjection(self, weight.contiguous(), bias)
+
+    def four_bit(self, members: Sequence[FourBitSource], bias: torch.Tensor | None) -> FusedProjection | None:
+        weights = [weight for member in members if (weight := member.resolved()) is not None]
+        kinds = {(weight.chunk, weight.values, weight.dtype) for weight in weights}
+        if len(weights) < len(members) or len(kinds) != 1 or weights[0].chunk < MIN_CHUNK:
+            return None
+        return FusedFourBitProjection(
+            self,
+            replace(
+                weights[0],
+                packed=torch.cat([weight.packed for weight in weights]),
+                scales=torch.cat([weight.scales for weight in weights], dim=1),
+            ),
+            bias,
+        )
 
     def write_cache(
         self,
@@ -131,7 +188,7 @@ class TritonKernels(ReferenceKernels):
     def project_with_lora(
         self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
     ) -> torch.Tensor | None:
-        if not isinstance(projection, LinearProjection) or x.shape[0] > min(
+        if not isinstance(projection, LinearProjection | FusedFourBitProjection) or x.shape[0] > min(
             self.linear_tokens, self.row_tokens
         ):
             return None
