@@ -315,20 +315,16 @@ def lookup(values: tuple[float, ...], dtype: torch.dtype) -> str:
         return f"0x{sum(byte << 8 * i for i, byte in enumerate(chosen)):08x}"
 
     lines = [
-        ".reg .b32 s, t, m, p, q, l, h, c0, c1;",
+        ".reg .b32 s, u, m, p, q, l, h;",
         "and.b32 s, $4, 0x77777777;",
-        "shr.u32 t, $4, 1;",
-        "lop3.b32 t, t, 0x44444444, 0x88888888, 0xEA;",  # a sign to replicate: of 0x00 or of 0x80
-        "mov.b32 c0, 0;",
-        "mov.b32 c1, 0x80808080;",
+        "shl.b32 u, $4, 4;",
     ]
     for plane, shift in (("l", 0), ("h", 8)):
         for index in range(4):
-            name = f"{plane}{index}"
-            lines.append(f".reg .b32 {name};")
-            lines.append(f"mov.b32 {name}, {table(shift, 4 * index)};")
-    for first, second in (("$0", "$2"), ("$1", "$3")):
-        lines.append("prmt.b32 m, c0, c1, t;")
+            lines += [f".reg .b32 {plane}{index};", f"mov.b32 {plane}{index}, {table(shift, 4 * index)};"]
+    # A mask's bytes repeat the signs of bytes 4, 0, 5, 1 of what is given, and of 6, 2, 7, 3.
+    for first, second, signs in (("$0", "$2", "0x9D8C"), ("$1", "$3", "0xBFAE")):
+        lines.append(f"prmt.b32 m, $4, u, {signs};")
         for plane in ("l", "h"):
             lines += [
                 f"prmt.b32 p, {plane}0, {plane}1, s;",
@@ -337,5 +333,5 @@ def lookup(values: tuple[float, ...], dtype: torch.dtype) -> str:
             ]
         lines += [f"prmt.b32 {first}, l, h, 0x7351;", f"prmt.b32 {second}, l, h, 0x6240;"]
         if first == "$0":
-            lines += ["shr.u32 s, s, 16;", "shr.u32 t, t, 16;"]
+            lines.append("shr.u32 s, s, 16;")
     return "{" + "\n".join(lines) + "}"
