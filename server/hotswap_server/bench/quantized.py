@@ -64,15 +64,16 @@ def quantize_linears(model: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(module, nn.Linear) or module is head:
             continue
         device = module.weight.device
-        made: Any = Linear4bit(
+        made: Any = Linear4bit(  # type: ignore[no-untyped-call]
             module.in_features, module.out_features, bias=False, compute_dtype=dtype, device="meta"
         )
-        made.weight = Params4bit(
+        weight: Any = Params4bit(
             module.weight.data,
             requires_grad=False,
             quant_type=KIND,
             compress_statistics=True,
-        ).to(device)
+        )
+        made.weight = weight.to(device)
         made.bias = module.bias
         module.register_parameter("weight", None)  # before the next: both do not fit beside one another
         parent, _, child = name.rpartition(".")

@@ -26,11 +26,15 @@ _UNPACK_ROWS, _UNPACK_COLUMNS = 16, 512
 def _codes(packed, code, ASM: tl.constexpr, DTYPE: tl.constexpr):
     """The values of the first and the second half of each byte."""
     if ASM is None:
-        return tl.load(code + (packed >> 4)).to(DTYPE), tl.load(code + (packed & 15)).to(DTYPE)
-    first, second = tl.inline_asm_elementwise(
-        ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.uint16, tl.uint16), is_pure=True, pack=4
-    )
-    return first.to(DTYPE, bitcast=True), second.to(DTYPE, bitcast=True)
+        first = tl.load(code + (packed >> 4)).to(DTYPE)
+        second = tl.load(code + (packed & 15)).to(DTYPE)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            ASM, "=r,=r,=r,=r,r", [packed], dtype=(tl.uint16, tl.uint16), is_pure=True, pack=4
+        )
+        first = first.to(DTYPE, bitcast=True)
+        second = second.to(DTYPE, bitcast=True)
+    return first, second
 
 
 @triton.jit
