@@ -86,7 +86,7 @@ def train(task: Task, base: str, store: Path) -> Trained:
     options = {**task.training, "base": base, "data": task.train_file, "name": task.adapter, "output": store}
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     # An interrupted trainer mends the terminal, which a terminated one would leave without a cursor.
-    with _running([*HOTSWAP, "train", *flags], signal.SIGINT, stdout=subprocess.DEVNULL) as process:
+    with running([*HOTSWAP, "train", *flags], signal.SIGINT, stdout=subprocess.DEVNULL) as process:
         code = process.wait()
     if code != 0:
         raise DemoError(f"training {task.adapter} failed with exit code {code}; what it printed says why")
@@ -97,8 +97,8 @@ def train(task: Task, base: str, store: Path) -> Trained:
 
 
 @contextmanager
-def server(base: str, store: Path) -> Iterator[str]:
-    """A running, healthy `hotswap serve`; yields its HOST:PORT and drains it in the end.
+def server(base: str, store: Path, *further: str) -> Iterator[str]:
+    """A running, healthy `hotswap serve` with `further` flags; yields its HOST:PORT and drains it in the end.
 
     Raises:
         DemoError: it ended or did not become healthy in time; the message holds the last line of its log.
@@ -106,9 +106,10 @@ def server(base: str, store: Path) -> Iterator[str]:
     target = f"127.0.0.1:{_free_port()}"
     host, _, port = target.partition(":")
     flags = ["--base", base, "--store", str(store), "--host", host, "--port", port, "--metrics-port", "0"]
+    flags += further
     with (
         tempfile.TemporaryFile() as log,
-        _running([*HOTSWAP, "serve", *flags], signal.SIGTERM, stdout=log, stderr=log) as process,
+        running([*HOTSWAP, "serve", *flags], signal.SIGTERM, stdout=log, stderr=log) as process,
     ):
         _wait_until_healthy(process, target, log)
         yield target
@@ -130,7 +131,7 @@ def ended_by_signals() -> Iterator[None]:
 
 
 @contextmanager
-def _running(
+def running(
     command: Sequence[str], ending: signal.Signals, **options: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process that gets the signal `ending` if it still runs at the end, and is killed if that is in vain.
