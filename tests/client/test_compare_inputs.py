@@ -249,7 +249,7 @@ def test_state_lasts_and_forgets_on_demand(tmp_path):
 
 
 def burst(first, gap, count=8):
-    return Burst((first,) * count, (gap,) * 31 * count, 32 * count, first + 31 * gap, "batched")
+    return Burst((first,) * count, (gap,) * 31 * count, 32 * count, round(first + 31 * gap, 5), "batched")
 
 
 def test_overheads_are_ratios_within_rounds():

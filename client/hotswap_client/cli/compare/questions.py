@@ -71,13 +71,13 @@ def prepare(options: CompareOptions, folder: Path) -> Material:
     else:
         path = Path(options.data).expanduser()
         train, title = _lines(path), path.name
+        for where, line in train:
+            _question(line, where)
         if options.test_data is not None:
             test = _lines(options.test_data)
         else:
             train, test = _split(train, options.test_fraction, options.seed, path)
     questions = [_question(line, where) for where, line in test]
-    for where, line in train:
-        _question(line, where)
     content = "".join(line + "\n" for _, line in train).encode()
     digest = hashlib.sha256(content).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)

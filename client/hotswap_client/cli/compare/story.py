@@ -49,7 +49,7 @@ def tell(console: Console, options: CompareOptions) -> Comparison:
             f"`hotswap compare` trains and serves, and lacks {', '.join(missing)}: pip install 'hotswap[all]'"
         )
     try:
-        material = prepare(options, options.store / "data")
+        material = prepare(options, options.store / ".data")
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise CompareError(
