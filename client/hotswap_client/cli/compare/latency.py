@@ -167,12 +167,8 @@ def summarise(rounds: Sequence[Round], name: str, size: int) -> Latency:
         first_token=Percentiles.of([value for burst in bursts for value in burst.first]),
         between_tokens=Percentiles.of([value for burst in bursts for value in burst.gaps]),
         tokens_per_second=median(burst.tokens / burst.seconds for burst in bursts),
-        first_token_overhead=Overhead.of(
-            [_typical(m[name][size], "first") / _typical(m[BASE][size], "first") for m in rounds]
-        ),
-        between_tokens_overhead=Overhead.of(
-            [_typical(m[name][size], "gaps") / _typical(m[BASE][size], "gaps") for m in rounds]
-        ),
+        first_token_overhead=_overhead(rounds, name, size, lambda burst: burst.first),
+        between_tokens_overhead=_overhead(rounds, name, size, lambda burst: burst.gaps),
         path=bursts[-1].path,
     )
 
@@ -191,9 +187,18 @@ def round_of_json(value: Mapping[str, Any]) -> Round:
     }
 
 
-def _typical(bursts: Sequence[Burst], what: str) -> float:
-    """The mean of the bursts' medians: the base's two ends of a round count alike."""
-    return sum(median(getattr(burst, what)) for burst in bursts) / len(bursts)
+def _overhead(
+    rounds: Sequence[Round], name: str, size: int, times: Callable[[Burst], Sequence[float]]
+) -> Overhead:
+    def typical(measured: Round, subject: str) -> float:
+        return _typical([times(burst) for burst in measured[subject][size]])
+
+    return Overhead.of([typical(measured, name) / typical(measured, BASE) for measured in rounds])
+
+
+def _typical(times: Sequence[Sequence[float]]) -> float:
+    """The mean of bursts' medians: the base's two ends of a round count alike."""
+    return sum(median(values) for values in times) / len(times)
 
 
 async def _stream(subject: Subject, prompt: Sequence[int], new_tokens: int) -> tuple[list[float], int, str]:
