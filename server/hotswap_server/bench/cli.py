@@ -84,9 +84,9 @@ def _write(output: Path | None, figures: Any) -> None:
 
 def _measure_shape(console: Any, shape: str, device: str, eager: bool) -> Any:
     import torch
+    from hotswap.shapes import SHAPES
 
     from hotswap_server.bench.gpu import measure_gpu, print_gpu
-    from hotswap_server.bench.shapes import SHAPES
 
     if shape not in SHAPES:
         typer.echo(f"hotswap bench: --shape must be one of {', '.join(SHAPES)}, got {shape!r}", err=True)

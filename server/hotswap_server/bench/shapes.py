@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
+from hotswap.shapes import SHAPES
 from torch import nn
 
 from hotswap_server.adapters.methods.bottleneck import BottleneckAdapter, BottleneckWeights
@@ -15,35 +16,6 @@ from hotswap_server.engine.prefixes import Prefix
 from hotswap_server.kernels import Activation, BottleneckLayout
 
 _STD = 0.02
-
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-8b": {
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 131072,
-        "rope_parameters": {
-            "rope_type": "llama3",
-            "rope_theta": 500000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192,
-        },
-    },
-    "tiny": {
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-    },
-}
 
 
 def random_model(shape: str, *, device: torch.device, dtype: torch.dtype) -> nn.Module:

@@ -6,6 +6,7 @@ library; everything else is a model, of which `step.py` runs a training step wit
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hotswap_trainer.planning.options import PlanOptions
@@ -18,11 +19,14 @@ if TYPE_CHECKING:
 __all__ = ["ModelPlan", "PlanOptions", "RulePlan", "plan"]
 
 
-def plan(base: str, options: PlanOptions | None = None) -> RulePlan | ModelPlan:
+def plan(
+    base: str, options: PlanOptions | None = None, *, tell: Callable[[str], None] = lambda _: None
+) -> RulePlan | ModelPlan:
     """What each method needs to train `base` and to serve it, and which one to take.
 
     `base` is a size such as `7b`, a transformers directory, a hub id, `smollm2`, or a shape such as
-    `llama-8b`. Of a model only the configuration is read.
+    `llama-8b`. Of a model only the configuration is read. `tell` hears what is being simulated, which takes
+    seconds.
 
     Raises:
         OptionError: names the option and the remedy.
@@ -33,4 +37,4 @@ def plan(base: str, options: PlanOptions | None = None) -> RulePlan | ModelPlan:
         return plan_by_rule(billions, options)
     from hotswap_trainer.planning.model_plan import plan_model
 
-    return plan_model(base, options)
+    return plan_model(base, options, tell)

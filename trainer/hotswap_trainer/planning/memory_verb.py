@@ -19,7 +19,9 @@ def run(base: str, *, gpu: str | None, as_json: bool, **settings: Any) -> None:
     """Print the plan. A mistake in the options ends the command with status 2."""
     try:
         options = PlanOptions(gpu=None if gpu is None else parse_gpu(gpu), **settings)
-        made = plan(base, options)
+        waiting = Console(stderr=True)
+        with waiting.status("planning") as status:
+            made = plan(base, options, tell=lambda what: status.update(f"planning: {what}"))
     except TrainerError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(error.exit_code) from None

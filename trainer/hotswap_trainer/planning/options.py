@@ -17,7 +17,8 @@ COMPLEXITIES: Final = ("simple", "moderate", "complex")
 class PlanOptions:
     """A plan's settings; sizes of adapters are those of `hotswap train`. `gpu` is in bytes.
 
-    `rank` None is 8, 16 or 32, as the task is simple, moderate or complex.
+    `rank` None is 8, 16 or 32, as the task is simple, moderate or complex; `context` None is 4096, or what
+    the base has.
     """
 
     seq: int = 2048
@@ -28,7 +29,7 @@ class PlanOptions:
     optimizer: str = "adamw"
     methods: tuple[str, ...] = METHODS
     gpu: int | None = None
-    context: int = 4096
+    context: int | None = None
     rank: int | None = None
     target_modules: str = "all-linear"
     bottleneck_size: int = 64

@@ -52,8 +52,11 @@ def plan(
         str, typer.Option(help="Of a task: simple, moderate or complex.", rich_help_panel="What")
     ] = "moderate",
     context: Annotated[
-        int, typer.Option(help="Tokens of a request, prompt and answer.", rich_help_panel="Serving")
-    ] = 4096,
+        int | None,
+        typer.Option(
+            help="Tokens of a request, prompt and answer; by default 4096.", rich_help_panel="Serving"
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what training and serving will need, and which method to take."""
