@@ -190,7 +190,7 @@ def test_the_whole_course(run, home):
     assert home.verbs() == ["lora", "prefix", "full", "serve", "serve"]
     assert home.all_ended()
     (_, _, lora), *_, (_, _, own) = home.calls
-    assert (lora["--epochs"], lora["--batch-size"], lora["--eval-fraction"]) == ("2.0", "8", "0")
+    assert (lora["--epochs"], lora["--batch-size"], lora["--eval-fraction"]) == ("1.5", "8", "0")
     assert "/compare/full-" in own["--base"]
     content = home.json()
     assert content["base"]["right"] == 0

@@ -72,7 +72,7 @@ def compare(
     epochs: Annotated[
         float | None,
         typer.Option(
-            help="Passes over the data of each method; default: 2, and 1 with --quick.",
+            help="Passes over the data of each method; default: 1.5, and 0.75 with --quick.",
             show_default=False,
             rich_help_panel=_BUDGET,
         ),
@@ -178,12 +178,13 @@ def compare(
             test_fraction=test_fraction,
             settings=options.method_settings(chosen, set_ or ()),
             budget=options.Budget(
-                epochs=epochs if epochs is not None else 1.0 if quick else 2.0,
+                epochs=epochs if epochs is not None else 0.75 if quick else 1.5,
                 max_steps=max_steps,
                 batch_size=batch_size,
             ),
             measuring=options.Measuring(
                 rounds=rounds if rounds is not None else 3 if quick else 6,
+                new_tokens=24 if quick else 32,
                 max_questions=36 if quick else None,
                 knowledge_step=3 if quick else 1,
             ),

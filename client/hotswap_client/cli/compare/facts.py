@@ -22,6 +22,7 @@ def facts(
     length = f"{budget.max_steps} steps" if budget.max_steps is not None else f"{budget.epochs:g} epochs"
     measuring = options.measuring
     sizes = " and ".join(map(str, measuring.batch_sizes))
+    rounds = "1 round" if measuring.rounds == 1 else f"{measuring.rounds} rounds"
     versions = trained[0].versions
     held = f", served in {options.quantize}" if options.quantize else ""
 
@@ -33,7 +34,7 @@ def facts(
         "data": f"{material.title}, {material.num_train} examples {digest(material.train_digest)}",
         "questions": f"{len(material.questions)}, none of them trained on {digest(material.test_digest)}",
         "budget of each": f"{length}, batches of {budget.batch_size}, seed {options.seed}",
-        "latency": f"{measuring.rounds} rounds; {sizes} requests at once, {measuring.prompt_tokens} tokens "
+        "latency": f"{rounds}; {sizes} requests at once, {measuring.prompt_tokens} tokens "
         f"read and {measuring.new_tokens} written by each, every method beside the base in turn",
         "other text and knowledge": f"shipped {digest(general.digest())}",
         "machine": f"{os.cpu_count()} cores, {_processor()}",

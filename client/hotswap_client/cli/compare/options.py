@@ -44,7 +44,7 @@ class Limits:
 class Budget:
     """What each method may spend on training. `max_steps` takes the place of `epochs`."""
 
-    epochs: float = 2.0
+    epochs: float = 1.5
     max_steps: int | None = None
     batch_size: int = 8
 

@@ -21,6 +21,7 @@ _COLOURS = {
     "full": "#c0264f",
 }
 _TEXT, _GRID, _FRONT = "#33383f", "#e6e8eb", "#b6bcc6"
+_LOG_BELOW, _LEAST_LOSS = 0.1, 1e-4
 _SIZE = (4.8, 3.5)  # inches: readable on a telephone, where it is scaled least
 
 
@@ -185,7 +186,7 @@ def _draw_pareto(
     _set_limits(axes, points, logarithmic=logarithmic)
     axes.set_xlabel(xlabel, color=_TEXT)
     axes.set_ylabel(ylabel, color=_TEXT)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if axes.get_ylim()[1] > 0.1 else 1))
     if shares:
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -211,7 +212,9 @@ def _draw_pareto(
 
 def _set_limits(axes: Any, points: Sequence[Point], *, logarithmic: bool) -> None:
     costs = [point.cost for point in points]
-    axes.set_ylim(-0.06, 1.08)
+    most = max(point.quality for point in points)
+    top = 1.0 if most > 0.3 else max(most, 0.01)
+    axes.set_ylim(-0.06 * top, 1.08 * top)
     if logarithmic:
         axes.set_xscale("log")
         axes.set_xlim(min(costs) / 2, max(costs) * 2)
@@ -261,11 +264,17 @@ def _draw_forgetting(axes: Any, comparison: Comparison) -> None:
 
 
 def _draw_losses(axes: Any, comparison: Comparison) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    lowest = 1.0
     for result in comparison.methods:
         steps = [step for step, _ in result.trained.losses]
-        losses = [max(loss, 1e-4) for _, loss in result.trained.losses]
+        losses = [max(loss, _LEAST_LOSS) for _, loss in result.trained.losses]
         axes.plot(steps, losses, color=_COLOURS[result.name], linewidth=1.5, label=result.name)
-    axes.set_yscale("log")
+        lowest = min(lowest, *losses)
+    if lowest < _LOG_BELOW:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("step", color=_TEXT)
     axes.set_ylabel("loss, nats a token", color=_TEXT)
     axes.legend(frameon=False, labelcolor=_TEXT, ncols=2, fontsize=8)
