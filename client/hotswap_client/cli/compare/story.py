@@ -25,6 +25,7 @@ from hotswap_client.cli.compare.state import State
 from hotswap_client.cli.compare.training import Base, Trained
 from hotswap_client.cli.demo import processes
 
+_LEFT_OUT = ("tokens/s", "trainable", "of all", "knowledge")
 REPORTS = ("report.html", "report.md", "report.json")
 
 
@@ -170,11 +171,13 @@ def _rich_table(table: tables.Table) -> object:
     from rich import box
     from rich.table import Table
 
-    shown = Table(box=box.SIMPLE_HEAD)
-    for index, heading in enumerate(table.headings):
-        shown.add_column(heading, justify="right" if index else "left", no_wrap=index == 0)
+    # What fits a terminal of 80 columns; the reports have it all.
+    kept = [index for index, heading in enumerate(table.headings) if heading not in _LEFT_OUT]
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for index in kept:
+        shown.add_column(table.headings[index], justify="right" if index else "left", no_wrap=index == 0)
     for row in table.rows:
-        shown.add_row(*row)
+        shown.add_row(*(row[index] for index in kept))
     return shown
 
 
