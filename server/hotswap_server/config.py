@@ -65,6 +65,11 @@ class ServeSettings(BaseSettings):
         False, description="On a GPU, neither compile the layers nor record decode steps as CUDA graphs."
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: physical cores.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Devices that the base is cut over; more than 1 is refused, with what to do instead.",
+    )
 
     max_batch_size: int = Field(64, ge=1, description="Most requests in one step.")
     max_batch_tokens: int = Field(
@@ -198,6 +203,16 @@ class ServeSettings(BaseSettings):
         None,
         description="OpenTelemetry collector that takes spans by gRPC, http(s)://HOST:4317; default: none.",
     )
+
+    @field_validator("tensor_parallel")
+    @classmethod
+    def _whole(cls, value: int) -> int:
+        if value > 1:
+            raise ValueError(
+                "the base has to fit one device, as kernels and adapters' banks hold whole weights; make it "
+                "smaller with --quantize nf4, or take a larger device; for throughput run more servers"
+            )
+        return value
 
     @field_validator("tenant_weights", mode="before")
     @classmethod

@@ -92,6 +92,12 @@ def test_settings_cannot_be_changed():
         ("- port", {}, {"store": "s"}, ["must map"]),
         ("port: [", {}, {"store": "s"}, ["not YAML"]),
         ("", {}, {"store": "s", "device": "tpu"}, ["device", "'tpu'", "'cuda'"]),
+        (
+            "",
+            {},
+            {"store": "s", "tensor_parallel": "2"},
+            ["one device", "--quantize nf4", "--tensor-parallel"],
+        ),
         ("", {}, {"store": "s", "max_batch_size": "0"}, ["max_batch_size", "'0'"]),
         ("", {}, {"store": "s", "kv_cache_bytes": "3 cows"}, ["kv_cache_bytes", "cows"]),
         ("", {}, {"store": "s", "drain_timeout": "inf"}, ["drain_timeout", "finite"]),
