@@ -35,6 +35,7 @@ from hotswap_server.kernels import select_kernels
 from hotswap_server.listening import PortError, address_of, check_ports, shown
 from hotswap_server.metrics import Metrics, MetricsServer
 from hotswap_server.preload import preload
+from hotswap_server.progress import recording_progress
 from hotswap_server.security.setup import (
     Security,
     SecuritySettingsError,
@@ -167,17 +168,19 @@ async def run(loaded: Loaded, ready: Callable[[Ready], None], *, stop: asyncio.E
     tracing = None if loaded.collector is None else open_tracing(loaded.collector, version=_version())
     observer: EngineObserver = metrics if tracing is None else SeveralObservers(metrics, tracing)
     try:
-        engine = EngineService(
-            loaded.base,
-            loaded.tokenizer,
-            loaded.adapters,
-            _engine_options(settings),
-            observer=observer,
-            merging=MergeOptions(settings.merge_policy, settings.merge_share, settings.merge_window),
-            merge_observer=metrics,
-            calibration_observer=metrics.calibrated,
-            calibrate_interval=settings.calibrate_interval,
-        )
+        with recording_progress() as progress:
+            engine = EngineService(
+                loaded.base,
+                loaded.tokenizer,
+                loaded.adapters,
+                _engine_options(settings),
+                observer=observer,
+                merging=MergeOptions(settings.merge_policy, settings.merge_share, settings.merge_window),
+                merge_observer=metrics,
+                calibration_observer=metrics.calibrated,
+                calibrate_interval=settings.calibrate_interval,
+                progress=progress,
+            )
     except InvalidRequestError as error:
         loaded.adapters.close()
         raise StartupError(f"{flag_of(error.field)}{str(error).removeprefix(error.field)}") from error
@@ -331,6 +334,7 @@ def _engine_options(settings: ServeSettings) -> EngineOptions:
             max_running_per_tenant=settings.max_running_per_tenant,
         ),
         graphs=not settings.eager,
+        graph_timeout=settings.graph_timeout,
     )
 
 

@@ -1,16 +1,21 @@
 """Layers behind the compiler's front: what it does not look into must still be what the step does."""
 
 import copy
+import io
+import sys
 
 import numpy as np
 import pytest
 import torch
+from hotswap_server.engine import graphs as graphs_module
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import prepare_base
 from hotswap_server.engine.buffers import StepBuffers, empty_inputs
-from hotswap_server.engine.compiling import compile_layers
-from hotswap_server.engine.graphs import graph_sizes
+from hotswap_server.engine.compiling import compile_layers, compile_no_more
+from hotswap_server.engine.graphs import graph_sizes, record_sizes
 from hotswap_server.kernels import select_kernels
+from hotswap_server.progress import recording_progress
+from structlog.testing import capture_logs
 from support.adapters import write_bottleneck, write_lora
 from support.models import FAMILIES, prepared, random_prompt, tiny_model
 from support.running import Running
@@ -84,7 +89,7 @@ def test_graph_sizes():
 
 def test_buffers_pad_what_they_are_filled_with():
     buffers = StepBuffers(max_sequences=8, max_pages=2, device=CPU)
-    buffers.tables[:3] = [[4, 0], [5, 6], [7, 0]]
+    buffers.turn()[:3] = [[4, 0], [5, 6], [7, 0]]
     row = np.arange(3)
     inputs = buffers.fill(
         4,
@@ -115,3 +120,76 @@ def test_a_base_is_compiled_once():
     forward = base.layers[0].forward
     compile_layers(base, backend="eager")
     assert base.layers[0].forward is forward
+
+
+class Recording:
+    """Graphs that take ten seconds each."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.sizes: list[int] = []
+
+    def run(self, inputs):
+        self.now += 10
+        self.sizes.append(inputs.size)
+
+
+@pytest.mark.parametrize(("limit", "recorded"), [(100, [1, 2, 4, 8]), (25, [2, 4, 8]), (0.1, [8])])
+def test_recording_ends_in_time_and_has_the_largest_batch(monkeypatch, limit, recorded):
+    stopped, shown, graphs = [], [], Recording()
+    monkeypatch.setattr(graphs_module, "compile_no_more", lambda: stopped.append(True))
+    buffers = StepBuffers(max_sequences=8, max_pages=2, device=CPU)
+    with capture_logs() as logs:
+        got = record_sizes(
+            graphs,
+            buffers,
+            [1, 2, 4, 8],
+            lambda done, total: shown.append((done, total)),
+            limit=limit,
+            clock=lambda: graphs.now,
+        )
+    assert got == recorded == sorted(graphs.sizes)
+    late = len(recorded) < 4
+    assert bool(stopped) is late
+    assert [entry["log_level"] for entry in logs] == ["warning"] * late
+    assert shown == [(done, 4) for done in range(len(recorded) + (not late))]
+
+
+def test_what_is_not_compiled_yet_runs_uncompiled_from_then_on():
+    compiled = []
+
+    def backend(module, inputs):
+        compiled.append(module)
+        return module.forward
+
+    first, second = (torch.compile(lambda x, n=n: x + n, backend=backend) for n in (1, 2))
+    try:
+        assert first(torch.zeros(2)).tolist() == [1, 1]
+        compile_no_more()
+        assert first(torch.zeros(2)).tolist() == [1, 1]
+        assert second(torch.zeros(2)).tolist() == [2, 2]
+        assert len(compiled) == 1
+    finally:
+        torch.compiler.set_stance("default")
+        torch.compiler.reset()
+
+
+def test_progress_is_a_line_of_the_log_or_a_bar_on_a_terminal(monkeypatch):
+    with capture_logs() as logs, recording_progress() as progress:
+        progress(0, 2)
+        progress(1, 2)
+    assert [(entry["event"], entry["done"]) for entry in logs] == [
+        ("recording_graphs", 0),
+        ("recording_graphs", 1),
+    ]
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    with capture_logs() as logs, recording_progress() as progress:
+        pass
+    assert screen.getvalue() == ""
+    with capture_logs() as logs, recording_progress() as progress:
+        progress(1, 7)
+    assert "1/7" in screen.getvalue()
+    assert not logs

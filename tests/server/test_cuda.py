@@ -99,6 +99,26 @@ def test_every_method_and_mix_answers_as_on_the_cpu(gpu_base, tokenizer, store, 
         assert_same(ours, theirs)
 
 
+def plain_answers(base: BaseModel, tokenizer, store, *, slots: int = 8) -> list[tuple[list[int], object]]:
+    """Of requests that want nothing but tokens, many of which end sooner than by their length."""
+    with Running(base, tokenizer, store, max_batch_size=12, max_batch_tokens=64, slots=slots) as running:
+        outcomes = []
+        for seed in range(60):
+            ends = random_prompt(12, seed=1000 + seed)
+            name, prompt = EVERYONE[seed % len(EVERYONE)], random_prompt(3 + seed, seed=seed)
+            adapter = None if name is None else f"acme/{name}"
+            outcomes.append(running.generate(prompt, adapter, max_new_tokens=1 + seed, stop_token_ids=ends))
+        return [(outcome.result().tokens, outcome.finished.finish_reason) for outcome in outcomes]
+
+
+@pytest.mark.parametrize("slots", [8, 1])
+def test_steps_ahead_and_slots_filled_beside_them_answer_as_on_the_cpu(
+    gpu_base, llama, tokenizer, store, slots
+):
+    expected = plain_answers(prepared(llama), tokenizer, store)
+    assert plain_answers(gpu_base, tokenizer, store, slots=slots) == expected
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_answers_as_on_the_cpu(family, tokenizer, tmp_path):
     model = tiny_model(FAMILIES[family])

@@ -87,7 +87,12 @@ class AdapterManager:
             on_retry=self._observer.retried,
         )
         self._placement = Placement(
-            self._banks, self._cache, self._loader, self._observer, lambda: self.on_change()
+            self._banks,
+            self._cache,
+            self._loader,
+            self._observer,
+            lambda: self.on_change(),
+            base.device,
         )
         # The engine's face; none of them blocks.
         self.expect = self._placement.expect

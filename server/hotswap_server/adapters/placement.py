@@ -25,6 +25,7 @@ from hotswap_server.adapters.residency import (
     SlotStats,
 )
 from hotswap_server.adapters.slots import PATIENCE, Facts, Resident, Slots, State
+from hotswap_server.adapters.transfer import beside_steps
 from hotswap_server.core import AdapterRef
 from hotswap_server.errors import (
     AdapterUnloadedError,
@@ -57,7 +58,9 @@ class Placement:
         loader: Loader[MethodAdapter],
         observer: AdapterObserver,
         changed: Callable[[], None],
+        device: torch.device | None = None,
     ) -> None:
+        self._device = device or torch.device("cpu")
         self._banks = banks
         self._cache = cache
         self._loader = loader
@@ -270,8 +273,7 @@ class Placement:
 
     def fill(self, resident: Resident, adapter: MethodAdapter) -> Future[None]:
         """Copy an adapter to a slot that was taken so."""
-        bank, slot = self._banks[resident.ref.method], resident.slot or 0
-        return self._copier.submit(lambda: bank.put(slot, adapter))
+        return self._copier.submit(self._put, resident, adapter)
 
     def give_back(self, residents: Iterable[Resident]) -> None:
         with self.acting():
@@ -380,7 +382,7 @@ class Placement:
         began = time.monotonic()
         error: Exception | None = None
         try:
-            self._banks[resident.ref.method].put(resident.slot or 0, resident.adapter)
+            self._put(resident, resident.adapter)
         except torch.OutOfMemoryError:
             error = CapacityError(
                 f"{resident.ref} does not fit into the device's memory; start the server with fewer "
@@ -405,6 +407,10 @@ class Placement:
                     self.leave(resident)
             self.advance(resident.ref.method)
             self._deferred.later(self._changed)
+
+    def _put(self, resident: Resident, adapter: MethodAdapter | None) -> None:
+        with beside_steps(self._device):
+            self._banks[resident.ref.method].put(resident.slot or 0, adapter)
 
     def _fail(self, resident: Resident, error: BaseException) -> None:
         ref = resident.ref

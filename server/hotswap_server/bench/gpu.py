@@ -14,7 +14,8 @@ import torch
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.methods.lora.adapter import LoraAdapter
 from hotswap_server.adapters.methods.lora.bank import LoraBank
-from hotswap_server.bench.ours import EngineSide
+from hotswap_server.adapters.transfer import beside_steps, packed
+from hotswap_server.bench.gpu_engine import CONTEXT, RANK, Tell, measure_engine
 from hotswap_server.bench.quantized import KIND, measure_quantized
 from hotswap_server.bench.shapes import random_lora, random_model
 from hotswap_server.bench.steps import (
@@ -23,18 +24,12 @@ from hotswap_server.bench.steps import (
     fill_loras,
     place_prefixes,
 )
-from hotswap_server.bench.workload import ALL_LINEAR, QUERY_VALUE, Case, make_prompts, percentiles
+from hotswap_server.bench.workload import ALL_LINEAR, QUERY_VALUE
 from hotswap_server.engine.base import BaseModel, prepare_base
 from hotswap_server.engine.compiling import compile_layers
-from hotswap_server.engine.engine import EngineOptions
-from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.kernels import select_kernels
 
-CONTEXT = 512
-_RANK, _BOTTLENECK, _PREFIX = 16, 64, 20
-_NEW_TOKENS = 64
-
-Tell = Callable[[str], None]
+_BOTTLENECK, _PREFIX = 64, 20
 
 
 def measure_gpu(shape: str, device: torch.device, dtype: torch.dtype, *, eager: bool, tell: Tell) -> Any:
@@ -53,42 +48,15 @@ def measure_gpu(shape: str, device: torch.device, dtype: torch.dtype, *, eager: 
         "versions": {"torch": torch.__version__},
         "seconds_to_make_base": made,
     }
-    figures["engine"] = _measure_engine(base, tell)
-    figures["seconds_to_first_answer"] = time.perf_counter() - began
+    figures["engine"] = measure_engine(
+        base, tell, lambda: figures.update(seconds_to_first_answer=time.perf_counter() - began)
+    )
     figures |= _measure_steps(base, tell)
     figures["swaps"] = _measure_swaps(base, tell)
     figures["quantized"] = measure_quantized(
-        shape, device, dtype, context=CONTEXT, rank=_RANK, eager=eager, tell=tell
+        shape, device, dtype, context=CONTEXT, rank=RANK, eager=eager, tell=tell
     )
     return figures
-
-
-def _measure_engine(base: BaseModel, tell: Tell) -> dict[str, float]:
-    """The whole engine over 32 requests: what the host adds to a step."""
-    tell("recording graphs")
-    requests = 32
-    page_bytes = PagedKVCache.bytes_per_page(base.attention, 16, base.dtype)
-    pages = requests * (-(-(CONTEXT + _NEW_TOKENS) // 16) + 1)
-    options = EngineOptions(
-        kv_cache_bytes=pages * page_bytes, max_batch_tokens=16 * CONTEXT, max_context=CONTEXT + _NEW_TOKENS
-    )
-    with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
-        began = time.perf_counter()
-        side = EngineSide(base, _tokenizer(base.vocab_size), Path(store), 1, _RANK, options)
-        recorded = time.perf_counter() - began
-        try:
-            tell("decoding with the whole engine")
-            prompts = make_prompts(requests, CONTEXT - 1, base.vocab_size, 0)
-            case = Case("base", requests, 0)
-            side.run(case, prompts, 8)
-            run = side.run(case, prompts, _NEW_TOKENS)
-        finally:
-            side.close()
-    return {
-        "seconds_to_record": recorded,
-        "requests": requests,
-        "step_ms": percentiles(run.inter_token)[0] * 1e3,
-    }
 
 
 def _measure_steps(base: BaseModel, tell: Tell) -> dict[str, Any]:
@@ -98,7 +66,7 @@ def _measure_steps(base: BaseModel, tell: Tell) -> dict[str, Any]:
         bench.decode("base", batch)
     for title, targets in (("LoRA r=16 on q,v", QUERY_VALUE), ("LoRA r=16 on all linears", ALL_LINEAR)):
         tell(title)
-        nbytes = fill_loras(base, 32, _RANK, targets)
+        nbytes = fill_loras(base, 32, RANK, targets)
         for batch, adapters in ((1, 1), (8, 1), (8, 8), (32, 1), (32, 32), (64, 1), (64, 32)):
             own: list[tuple[str, int] | None] = [("lora", slot) for slot in range(adapters)]
             bench.decode(f"{title}, {adapters} distinct", batch, own, nbytes * adapters)
@@ -114,7 +82,7 @@ def _measure_steps(base: BaseModel, tell: Tell) -> dict[str, Any]:
     place_prefixes(base, 4, _PREFIX)
     for batch in (1, 32):
         bench.decode(f"prefix-{_PREFIX}", batch, [("prefix", slot) for slot in range(4)])
-    fill_loras(base, 8, _RANK, ALL_LINEAR)
+    fill_loras(base, 8, RANK, ALL_LINEAR)
     mixed: list[tuple[str, int] | None] = [None] * 12
     mixed += [(method, slot) for method in ("lora", "bottleneck") for slot in range(8)]
     mixed += [("prefix", slot) for slot in range(4)]
@@ -133,14 +101,14 @@ def _measure_swaps(base: BaseModel, tell: Tell) -> dict[str, float]:
     from safetensors.torch import load_file, save_file
 
     tell("swaps")
-    bank = LoraBank(base, BankOptions(num_slots=2, max_lora_rank=_RANK))
-    adapter = random_lora(base, _RANK, ALL_LINEAR)
+    bank = LoraBank(base, BankOptions(num_slots=2, max_lora_rank=RANK))
+    adapter = random_lora(base, RANK, ALL_LINEAR)
     bank.put(0, adapter)
-    host = _mapped(adapter, lambda tensor: tensor.cpu())
-    figures = {"from_host_ms": _put_ms(base, bank, lambda: host)}
-    if base.device.type == "cuda":
-        pinned = _mapped(host, lambda tensor: tensor.pin_memory())
-        figures["from_pinned_host_ms"] = _put_ms(base, bank, lambda: pinned)
+    host = _mapped(adapter, lambda tensors: [tensor.cpu() for tensor in tensors])
+    figures = {"from_loose_host_ms": _put_ms(base, bank, lambda: host)}
+    if base.device.type == "cuda":  # as the loader leaves it
+        ready = _mapped(host, packed)
+        figures["from_host_ms"] = _put_ms(base, bank, lambda: ready)
     with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as directory:
         path = Path(directory) / "adapter.safetensors"
         save_file({f"{n}.{i}": t for n, pair in host.weights.items() for i, t in enumerate(pair)}, path)
@@ -160,26 +128,16 @@ def _put_ms(base: BaseModel, bank: LoraBank, make: Callable[[], LoraAdapter]) ->
     times = []
     for _ in range(4):
         began = time.perf_counter()
-        bank.put(1, make())
-        if base.device.type == "cuda":
-            torch.cuda.synchronize(base.device)
+        with beside_steps(base.device):
+            bank.put(1, make())
         times.append((time.perf_counter() - began) * 1e3)
     return min(times)
 
 
-def _mapped(adapter: LoraAdapter, change: Callable[[torch.Tensor], torch.Tensor]) -> LoraAdapter:
-    weights = {name: (change(a), change(b)) for name, (a, b) in adapter.weights.items()}
+def _mapped(adapter: LoraAdapter, change: Callable[[list[torch.Tensor]], list[torch.Tensor]]) -> LoraAdapter:
+    halves = iter(change([tensor for pair in adapter.weights.values() for tensor in pair]))
+    weights = dict(zip(adapter.weights, zip(halves, halves, strict=True), strict=True))
     return LoraAdapter(weights, {}, {}, adapter.nbytes, 0, {})
-
-
-def _tokenizer(vocab_size: int) -> Any:
-    """One token per id, for engines of random weights."""
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    vocabulary = {f"t{index} ": index for index in range(vocab_size)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="t0 "))
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)  # type: ignore[no-untyped-call]
 
 
 def print_gpu(console: Any, figures: dict[str, Any]) -> None:
@@ -216,15 +174,21 @@ def print_gpu(console: Any, figures: dict[str, Any]) -> None:
         console.print(f"weights in {KIND} are {quantized['weight_bytes'] / 1e9:.1f} GB")
     engine, swaps = figures["engine"], figures["swaps"]
     console.print(
-        f"whole engine, {engine['requests']} requests: {engine['step_ms']:.2f} ms between tokens, median; "
-        f"graphs recorded in {engine['seconds_to_record']:.1f} s, first answers "
-        f"{figures['seconds_to_first_answer']:.1f} s after the start"
+        f"whole engine, {engine['requests']} requests: {engine['step_ms']:.2f} ms between tokens, median, of "
+        f"which the device computes {engine['device_ms']:.2f}; {engine['waiting_step_ms']:.2f} if no step is "
+        f"launched ahead, {engine['merged_step_ms']:.2f} with a LoRA merged; graphs recorded in "
+        f"{engine['seconds_to_record']:.1f} s, first answers {figures['seconds_to_first_answer']:.1f} s "
+        "after the start"
+    )
+    console.print(
+        f"first token beside {engine['requests'] - 1} others that decode: {engine['ttft_ms']:.1f} ms, "
+        f"{engine['ttft_swapped_ms']:.1f} if the LoRA lies in host memory only"
     )
     shown = ", ".join(
         f"{swaps[name]:.1f} ms {title}"
         for name, title in (
             ("from_host_ms", "from host memory"),
-            ("from_pinned_host_ms", "from pinned host memory"),
+            ("from_loose_host_ms", "from host memory that is not pinned"),
             ("from_file_ms", "from a file"),
         )
         if name in swaps

@@ -51,7 +51,7 @@ def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, ran
     for title, (name, make) in kinds.items():
         names = tuple(f"mix/{name}-{index}" for index in range(min(adapters, requests)))
         for adapter in names:
-            _save(store / adapter, *make())
+            save_adapter(store / adapter, *make())
         cases.append(MixCase(title, requests, names))
         if title == every_linear:
             cases.append(MixCase(f"{title}, one for all", requests, names[:1]))
@@ -139,7 +139,8 @@ def _step_seconds(run: Run) -> float:
     return percentiles(run.inter_token)[0]
 
 
-def _save(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+def save_adapter(directory: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
+    """Write an adapter in PEFT's format."""
     directory.mkdir(parents=True)
     (directory / CONFIG_FILE).write_text(json.dumps({"task_type": "CAUSAL_LM", **config}))
     save_file(tensors, directory / WEIGHTS_FILE)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import queue
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,45 @@ class EngineSide:
             self._merges.merge(self._manager.resolve(name, None)).result()
         elif (merged := self._merges.merged) is not None:
             self._merges.unmerge(merged.name).result()
+
+    def wait_for_each_step(self) -> None:
+        """Launch no step ahead from now on."""
+        self._engine.run_ahead(False)
+
+    def first_token(self, name: str | None, prompt: list[int]) -> float:
+        """Seconds until a request has its first token; until its end nothing else is asked."""
+        ref = None if name is None else self._manager.resolve(name, None)
+        self._sent += 1
+        sampling = SamplingParams(max_new_tokens=2, temperature=0.0, ignore_eos=True)
+        events: _Timed = queue.SimpleQueue()
+        request = GenerateRequest(f"bench-{self._sent}", tuple(prompt), sampling, ref)
+        started = time.perf_counter()
+        self._engine.submit(request, partial(_note, events, 0))
+        _, at, event = events.get()
+        while isinstance(event, Delta):
+            event = events.get()[2]
+        if isinstance(event, Failed):
+            raise event.error
+        return at - started
+
+    @contextmanager
+    def decoding(self, prompts: list[list[int]], new_tokens: int) -> Iterator[None]:
+        """Have these prompts decoded by the base meanwhile, all past their prompts at the beginning."""
+        sampling = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+        events: _Timed = queue.SimpleQueue()
+        names = [f"bench-beside-{self._sent}-{index}" for index in range(len(prompts))]
+        for index, prompt in enumerate(prompts):
+            self._engine.submit(
+                GenerateRequest(names[index], tuple(prompt), sampling), partial(_note, events, index)
+            )
+        begun: set[int] = set()
+        while len(begun) < len(prompts):
+            begun.add(events.get()[0])
+        try:
+            yield
+        finally:
+            for name in names:
+                self._engine.cancel(name)
 
     def run(self, case: Requests, prompts: list[list[int]], new_tokens: int) -> Run:
         refs = [

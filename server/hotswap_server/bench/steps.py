@@ -78,7 +78,7 @@ class StepBench:
             buffers=buffers,
             sizes=graph_sizes(self.max_batch),
         )
-        self._runner = ModelRunner(self.base, self._cache, graphs=graphs)
+        self._runner = ModelRunner(self.base, self._cache, max_sequences=self.max_batch, buffers=buffers)
         self.bandwidth = copy_bandwidth(device)
 
     def decode(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Mapping
 from collections.abc import Sequence as Entries
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,17 +25,21 @@ _LONG_RUN = 16
 @dataclass(frozen=True, slots=True)
 class StepInputs:
     """`input_ids` and `position_ids` [1, tokens] int64; `logit_rows` [rows] int64 are the tokens whose logits
-    are needed, those of `entries` that produce any, in order; `rows_per_entry` counts them. `merged` says
-    whether some token runs over merged weights; `slots` then have OTHERS for those that do not."""
+    are needed, those of `entries` that produce any, in order; `rows_per_entry` counts them, and `chosen_at`
+    is an entry's row among what the step chooses. `merged` says whether some token runs over merged weights;
+    `slots` then have OTHERS for those that do not. `chosen` are tokens that the step before chose, by their
+    places in `input_ids`: rows of what it chose."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     logit_rows: torch.Tensor
     rows_per_entry: list[int]
+    chosen_at: list[int]
     layout: AttentionLayout
     slots: dict[str, TokenSlots]
     merged: bool = False
     graph: GraphInputs | None = None
+    chosen: Mapping[int, int] = field(default_factory=dict)
 
 
 class BatchBuilder:
@@ -63,19 +68,26 @@ class BatchBuilder:
         self._pages = np.zeros(max_tokens, np.int64)
         self._offsets = np.zeros(max_tokens, np.int64)
         self._context = np.zeros(max_sequences, np.int32)
-        self._tables = np.zeros((max_sequences, max_pages), np.int32) if buffers is None else buffers.tables
+        self._tables = np.zeros((max_sequences, max_pages if buffers is None else 0), np.int32)
 
     def build(self, entries: Entries[Scheduled]) -> StepInputs:
         """Lay out `entries`, single tokens first, one after another."""
         starts = [0]
         rows: list[int] = []
         rows_per_entry: list[int] = []
+        chosen: dict[int, int] = {}
+        if self._buffers is not None:
+            self._tables = self._buffers.turn()
         for index, entry in enumerate(entries):
             sequence, start = entry.sequence, starts[-1]
             first, stop = sequence.num_computed, sequence.num_computed + entry.num_new
             at = sequence.num_prefix_tokens + first
             span = slice(start, start + entry.num_new)
-            self._ids[span] = sequence.token_ids[first:stop]
+            known = sequence.token_ids[first:stop]
+            if len(known) < entry.num_new:  # its last token is one that the step before chooses
+                chosen[span.stop - 1] = sequence.chosen_at
+                known.append(0)
+            self._ids[span] = known
             table = self._tables[index]
             table[: len(sequence.pages)] = sequence.pages
             if entry.num_new == 1:
@@ -94,11 +106,11 @@ class BatchBuilder:
             starts.append(span.stop)
         tokens, num_decode = starts[-1], sum(entry.num_new == 1 for entry in entries)
         if self._buffers is not None and tokens == num_decode <= self._sizes[-1]:
-            return self._build_for_graph(self._buffers, entries, starts, rows, rows_per_entry)
+            return self._build_for_graph(self._buffers, entries, starts, rows, rows_per_entry, chosen)
         lengths = self._context[: len(entries)].tolist()
         prompts = None
         if num_decode < len(entries) and self._device.type != "cpu":
-            prompts = torch.from_numpy(prompt_tiles(starts, lengths, num_decode)).to(self._device)
+            prompts = self._tensor(prompt_tiles(starts, lengths, num_decode))
         layout = AttentionLayout(
             num_decode=num_decode,
             query_starts=starts,
@@ -112,11 +124,13 @@ class BatchBuilder:
         return StepInputs(
             input_ids=self._tensor(self._ids[:tokens])[None],
             position_ids=self._tensor(self._positions[:tokens])[None],
-            logit_rows=torch.tensor(rows, dtype=torch.long, device=self._device),
+            logit_rows=self._tensor(np.array(rows, np.int64)),
             rows_per_entry=rows_per_entry,
+            chosen_at=list(itertools.accumulate(rows_per_entry, initial=0))[:-1],
             layout=layout,
             slots=self._token_slots(entries, starts),
             merged=any(entry.sequence.merged for entry in entries),
+            chosen=chosen,
         )
 
     def _build_for_graph(
@@ -126,6 +140,7 @@ class BatchBuilder:
         starts: list[int],
         rows: list[int],
         rows_per_entry: list[int],
+        chosen: dict[int, int],
     ) -> StepInputs:
         count = len(entries)
         inputs = buffers.fill(
@@ -137,12 +152,14 @@ class BatchBuilder:
             context=self._context[:count],
             slots=self._slot_indices(entries, starts),
             merged=any(entry.sequence.merged for entry in entries),
+            chosen=chosen,
         )
         return StepInputs(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
             logit_rows=torch.tensor(rows, dtype=torch.long),
             rows_per_entry=rows_per_entry,
+            chosen_at=list(range(count)),
             layout=inputs.layout,
             slots=inputs.slots,
             merged=inputs.merged,
@@ -177,11 +194,12 @@ def token_slots(index: np.ndarray, device: torch.device) -> TokenSlots:
     if device.type != "cpu":
         tiles, rows = slot_tiles(index)
         return TokenSlots(
-            index=torch.from_numpy(index).to(device),
+            # From memory that is not pinned: the call returns once it has been read.
+            index=torch.from_numpy(index).to(device, non_blocking=True),
             rest=None,
             long=(),
             used=frozenset(tiles[:, 2].tolist()),
-            tiles=torch.from_numpy(tiles).to(device),
+            tiles=torch.from_numpy(tiles).to(device, non_blocking=True),
             tile_rows=rows,
         )
     bounds = np.flatnonzero(np.diff(index)) + 1

@@ -50,6 +50,12 @@ class Chores:
             self._wake()
         return future
 
+    @property
+    def waiting(self) -> bool:
+        """Whether there is one to be done."""
+        with self._lock:
+            return bool(self._waiting)
+
     def run_one(self) -> bool:
         """Do the next one; False if there was none."""
         with self._lock:

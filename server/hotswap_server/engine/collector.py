@@ -11,7 +11,7 @@ from hotswap_server.core import AdapterRef, Delta, Event, Failed, Finished, Fini
 from hotswap_server.engine.observer import EngineObserver, RequestRecord
 from hotswap_server.engine.sampler import Sampled, SamplingRow, describe_logprob, sample
 from hotswap_server.engine.scheduler import Scheduled
-from hotswap_server.engine.sequence import EventSink, Sequence, Stage
+from hotswap_server.engine.sequence import EventSink, Sequence
 from hotswap_server.errors import EngineError, RequestCancelledError
 
 
@@ -44,9 +44,10 @@ class Collector:
         offset = 0
         for entry, count in zip(batch, rows_per_entry, strict=True):
             sequence = entry.sequence
-            first = sequence.num_computed
-            sequence.num_computed += entry.num_new
-            if isinstance(sequence.request, ScoreRequest):
+            if sequence.ended:
+                pass
+            elif isinstance(sequence.request, ScoreRequest):
+                first = sequence.num_computed - entry.num_new
                 self._score(sequence, sequence.request, first, logits[offset : offset + count])
             elif count:
                 indices.append(offset)
@@ -54,7 +55,25 @@ class Collector:
             offset += count
         rows = [SamplingRow(s.sampling, s.seed, s.num_generated, s.token_ids) for s in generating]
         chosen = sample(logits if len(indices) == offset else logits[indices], rows)
+        self._take_tokens(generating, chosen)
+
+    def collect_chosen(
+        self, batch: list[Scheduled], rows: list[int | None], tokens: list[int | None]
+    ) -> None:
+        """As `collect`, for a step that has chosen the `tokens` itself; each entry has its row, or none."""
+        self._num_finite, self._poisoned = 0, []
+        generating = [
+            (entry.sequence, tokens[row])
+            for entry, row in zip(batch, rows, strict=True)
+            if row is not None and not entry.sequence.ended
+        ]
+        sampled = [None if token is None else Sampled(token, None) for _, token in generating]
+        self._take_tokens([sequence for sequence, _ in generating], sampled)
+
+    def _take_tokens(self, generating: list[Sequence], chosen: list[Sampled | None]) -> None:
         for sequence, sampled in zip(generating, chosen, strict=True):
+            if sequence.ended:  # an observer of those before saw to that
+                continue
             if sampled is None:
                 self._fail_without_logits(sequence)
             else:
@@ -98,9 +117,8 @@ class Collector:
         else:
             sequence.inter_token.append(now - sequence.last_token_at)
         sequence.last_token_at = now
-        sequence.enter(Stage.DECODE)
         token, detokenizer = sampled.token_id, sequence.detokenizer
-        sequence.token_ids.append(token)
+        sequence.append(token)
         if detokenizer is None:
             raise RuntimeError("a generation has a detokenizer")
         text, reason = "", None

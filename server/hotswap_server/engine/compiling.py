@@ -53,6 +53,11 @@ def compile_layers(
         module.forward = _marked(torch.compile(module.forward, backend=backend, options=options))
 
 
+def compile_no_more() -> None:
+    """Run what is compiled as it is, and all else as it was written."""
+    torch.compiler.set_stance("eager_on_recompile")
+
+
 def _beside(base: BaseModel) -> list[nn.Module]:
     """The norms of the decoder that are in no layer."""
     inside = {module for layer in base.layers for module in layer.modules()}

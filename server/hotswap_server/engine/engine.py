@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -28,6 +27,7 @@ from hotswap_server.engine.batch import BatchBuilder
 from hotswap_server.engine.buffers import StepBuffers
 from hotswap_server.engine.chores import Chores
 from hotswap_server.engine.collector import Collector
+from hotswap_server.engine.flight import Flights
 from hotswap_server.engine.graphs import Progress, graph_sizes, ignore_progress, record_sizes
 from hotswap_server.engine.health import EngineHealth, Watchdog
 from hotswap_server.engine.kv_cache import PagedKVCache
@@ -37,7 +37,7 @@ from hotswap_server.engine.options import EngineStats as EngineStats
 from hotswap_server.engine.overload import Displacement, Doorkeeper
 from hotswap_server.engine.prefixes import PrefixPages
 from hotswap_server.engine.runner import ModelRunner
-from hotswap_server.engine.scheduler import Plan, Scheduler
+from hotswap_server.engine.scheduler import Scheduled, Scheduler
 from hotswap_server.engine.sequence import EventSink, Sequence, Stage
 from hotswap_server.engine.slots import AdapterResidency
 from hotswap_server.engine.step_timer import StepTimer
@@ -125,7 +125,9 @@ class Engine:
             buffers=self._buffers,
             sizes=self._sizes,
         )
-        self._runner = ModelRunner(base, self.cache, graphs=self._buffers is not None)
+        self._runner = ModelRunner(
+            base, self.cache, max_sequences=options.max_batch_size, buffers=self._buffers
+        )
         self._post = post
         self._observer = GuardedObserver(observer) if observer else NullObserver()
         self._sequences: dict[str, Sequence] = {}
@@ -139,6 +141,10 @@ class Engine:
         self.chores = Chores(self.wake)
         self._collector = Collector(base.eos_token_ids, self._end, self._observer)
         self._collector.on_poison = self._poisoned
+        ahead = base.device.type == "cuda" if options.run_ahead is None else options.run_ahead
+        self._flights = Flights(
+            self._builder, self._runner, self._collector, base.merged, self._stepped, ahead=ahead
+        )
         self.quarantine = Quarantine() if quarantine is None else quarantine
         self.health = EngineHealth()
         self._thread = threading.Thread(target=self._loop, name="hotswap-engine", daemon=True)
@@ -150,7 +156,13 @@ class Engine:
         """Record the base's decode graphs, before `start`; those with adapters follow when first needed."""
         if self._runner.graphs is not None and self._buffers is not None:
             with torch.inference_mode():
-                record_sizes(self._runner.graphs, self._buffers, self._sizes, progress)
+                self._sizes[:] = record_sizes(
+                    self._runner.graphs,
+                    self._buffers,
+                    self._sizes,
+                    progress,
+                    limit=self.options.graph_timeout,
+                )
 
     def start(self) -> None:
         self._thread.start()
@@ -198,6 +210,7 @@ class Engine:
                 raise InvalidRequestError("id", f"{sequence.id} is the id of a request that runs already")
             displacement = self._door.enter(sequence)
             self._known.add(sequence.id)
+            self._scheduler.expect(sequence)
             if displacement is not None:
                 self._inbox.append(displacement)
             self._inbox.append(sequence)
@@ -235,6 +248,10 @@ class Engine:
             self._inbox.append(act)
             self._changed.notify()
         return future
+
+    def run_ahead(self, wanted: bool) -> None:
+        """Whether a step may be launched before the tokens of the last are read; see `EngineOptions`."""
+        self._flights.ahead = wanted
 
     def step_timer(self) -> StepTimer:
         """Times steps of made-up sequences, as chores."""
@@ -281,21 +298,25 @@ class Engine:
         with torch.inference_mode():
             while True:
                 self.health.began()
-                good: bool | None = None
                 try:
                     with self._changed:
                         self._woken = False
                         self._take_messages()
                         if self._stopping:
                             break
-                    good = self._advance()
+                    self._advance()
+                    if chores := self.chores.waiting:
+                        self._flights.settle()
                 except Exception:
                     _log.exception("engine_failed", requests=len(self._sequences))
+                    chores = self.chores.waiting
                     self._fail_all(EngineError("the engine failed; see the server's log"))
-                    good = False
+                    self._flights.abandon()
                 self._flush()
-                self.health.ended(good=good)
-                busy = self.chores.run_one() or good is not None
+                results = self._flights.take_results()
+                self.health.ended(good=all(results) if results else None)
+                busy = bool(results) or self._flights.underway
+                busy |= chores and self.chores.run_one()
                 if not busy:
                     with self._changed:
                         self._changed.wait_for(lambda: self._inbox or self._woken or self._stopping)
@@ -303,12 +324,12 @@ class Engine:
         self._fail_all(DrainingError("the server shut down before the request was finished"))
         self._flush()
 
-    def _advance(self) -> bool | None:
-        """Plan and run one step; whether that went well, None if there was nothing to run."""
+    def _advance(self) -> None:
+        """Plan a step and launch it; see `Flights`."""
         plan = self._scheduler.schedule()
         for sequence, error in plan.failed:
             self._collector.fail(sequence, error)
-        return self._step(plan) if plan.batch else None
+        self._flights.advance(plan.batch)
 
     def _fail_all(self, error: EngineError | DrainingError) -> None:
         for sequence in list(self._sequences.values()):
@@ -324,6 +345,7 @@ class Engine:
                 for sequence, error in self._door.displaced(message):
                     self._collector.fail(sequence, error)
             elif callable(message):
+                self._flights.settle()
                 message()
             elif isinstance(message, AdapterRef):
                 for sequence in [s for s in self._sequences.values() if s.request.adapter == message]:
@@ -334,26 +356,9 @@ class Engine:
                 self._collector.cancel(gone)
         self._door.entered()
 
-    def _step(self, plan: Plan) -> bool:
-        started = time.perf_counter()
-        merged = self.base.merged.ref
-        for entry in plan.batch:
-            entry.sequence.merged = merged is not None and entry.sequence.request.adapter == merged
-        try:
-            inputs = self._builder.build(plan.batch)
-            logits = self._runner.run(inputs)
-            self._collector.collect(plan.batch, inputs.rows_per_entry, logits)
-        except Exception:
-            _log.exception("step_failed", batch_size=len(plan.batch))
-            error = EngineError("the engine failed while it computed this request; see the server's log")
-            for entry in plan.batch:
-                if entry.sequence.id in self._sequences:
-                    self._collector.fail(entry.sequence, error)
-            return False
-        stats, seconds = self.stats(), time.perf_counter() - started
-        self._door.step(seconds, sum(entry.num_new for entry in plan.batch))
-        self._observer.step(step_record(plan.batch, seconds, stats))
-        return True
+    def _stepped(self, used: list[Scheduled], seconds: float) -> None:
+        self._door.step(seconds, sum(entry.num_new for entry in used))
+        self._observer.step(step_record(used, seconds, self.stats()))
 
     def _poisoned(self, ref: AdapterRef) -> None:
         """Serve an adapter no more, and its requests no further."""
@@ -373,6 +378,7 @@ class Engine:
     def _end(self, sequence: Sequence) -> None:
         sequence.enter(Stage.DECODE)
         self._scheduler.remove(sequence)
+        sequence.ended = True
         del self._sequences[sequence.id]
         self._known.discard(sequence.id)
 

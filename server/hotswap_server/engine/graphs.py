@@ -15,6 +15,7 @@ import torch
 
 from hotswap_server.engine.attention import OTHERS, StepState
 from hotswap_server.engine.buffers import GraphInputs, StepBuffers, empty_inputs
+from hotswap_server.engine.compiling import compile_no_more
 from hotswap_server.engine.merging import MergedWeights
 
 _log = structlog.get_logger(__name__)
@@ -90,8 +91,11 @@ class DecodeGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            # Compiles what is new; a step may run twice, since it writes the same to the same places.
+            # Compiles what is new; a step may run twice, since it writes the same to the same places, but for
+            # the tokens that it chooses, where it looks for those of the step before.
+            before = inputs.flat.clone()
             self._forward(inputs)
+            inputs.flat.copy_(before)
             self._stream.synchronize()
             # Other threads may go on, such as the one that copies adapters.
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -111,10 +115,35 @@ class DecodeGraphs:
 
 
 def record_sizes(
-    graphs: DecodeGraphs, buffers: StepBuffers, sizes: Sequence[int], progress: Progress
-) -> None:
-    """Record the base's graphs, the largest first, whose memory then serves the others."""
-    for done, size in enumerate(sorted(sizes, reverse=True)):
-        progress(done, len(sizes))
+    graphs: DecodeGraphs,
+    buffers: StepBuffers,
+    sizes: Sequence[int],
+    progress: Progress,
+    *,
+    limit: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> list[int]:
+    """Record the base's graphs, the largest first, whose memory then serves the others.
+
+    After `limit` seconds no more are begun, nor is more code compiled: the sizes recorded by then, at least
+    the largest, are returned and do for smaller batches too.
+    """
+    began, recorded = clock(), list[int]()
+    for size in sorted(sizes, reverse=True):
+        if recorded and clock() - began > limit:
+            _log.warning(
+                "graphs_not_recorded",
+                limit_s=limit,
+                recorded=len(recorded),
+                wanted=len(sizes),
+                effect="smaller batches run as larger ones, and what is not compiled yet runs uncompiled",
+                remedy="start again, since what was compiled is kept, or raise --graph-timeout",
+            )
+            compile_no_more()
+            break
+        progress(len(recorded), len(sizes))
         graphs.run(empty_inputs(buffers, size))
-    progress(len(sizes), len(sizes))
+        recorded.append(size)
+    else:
+        progress(len(sizes), len(sizes))
+    return sorted(recorded)

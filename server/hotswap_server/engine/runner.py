@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 
+from hotswap_server.engine.ahead import Choice, NextTokens
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import StepInputs
-from hotswap_server.engine.buffers import GraphInputs
+from hotswap_server.engine.buffers import GraphInputs, StepBuffers
 from hotswap_server.engine.graphs import DecodeGraphs
 from hotswap_server.engine.kv_cache import PagedKVCache
 
@@ -16,11 +17,22 @@ from hotswap_server.engine.kv_cache import PagedKVCache
 class ModelRunner:
     """Binds a base to a cache; after that a step is a function of its inputs."""
 
-    def __init__(self, base: BaseModel, cache: PagedKVCache, *, graphs: bool = False) -> None:
+    def __init__(
+        self,
+        base: BaseModel,
+        cache: PagedKVCache,
+        *,
+        max_sequences: int,
+        buffers: StepBuffers | None = None,
+    ) -> None:
+        """With `buffers` decode steps are recorded, over the inputs that are filled into these."""
         self._base = base
+        self._next = NextTokens(max_sequences, base.device, None if buffers is None else buffers.chosen)
         base.state.key_caches = cache.keys
         base.state.value_caches = cache.values
-        self.graphs = DecodeGraphs(base.state, base.merged, self._decode, base.device) if graphs else None
+        self.graphs: DecodeGraphs | None = None
+        if buffers is not None:
+            self.graphs = DecodeGraphs(base.state, base.merged, self._decode, base.device)
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [rows, vocabulary] in float32 of `inputs.logit_rows`; keys and values go to their pages."""
@@ -28,12 +40,32 @@ class ModelRunner:
             logits = self.graphs.run(inputs.graph)
             rows = inputs.logit_rows
             return (logits if len(rows) == len(logits) else logits[rows.to(logits.device)]).float()
-        return self._forward(inputs, inputs.logit_rows).float()
+        ids = inputs.input_ids
+        if inputs.chosen:
+            both = torch.tensor([*inputs.chosen.items()]).to(ids.device, non_blocking=True)
+            ids[0, both[:, 0]] = self._next.tokens[both[:, 1]]
+        return self._forward(inputs, ids, inputs.logit_rows).float()
+
+    def choose(self, inputs: StepInputs) -> Choice:
+        """As `run`, for the likeliest token of each row alone; does not wait for it.
+
+        `inputs.chosen_at` are the rows of what it gives, which a step built before the next call may name.
+        """
+        if self.graphs is not None and inputs.graph is not None:
+            return self._next.fetch(len(self.graphs.run(inputs.graph)))
+        logits = self.run(inputs)
+        self._next.choose(logits)
+        return self._next.fetch(len(logits))
 
     def _decode(self, inputs: GraphInputs) -> torch.Tensor:
-        return self._forward(inputs, 0)  # 0 means all
+        ids = inputs.flat.index_select(0, inputs.sources)[None]
+        logits = self._forward(inputs, ids, 0)  # 0 means all
+        self._next.choose(logits)
+        return logits
 
-    def _forward(self, inputs: StepInputs | GraphInputs, logits_to_keep: Any) -> torch.Tensor:
+    def _forward(
+        self, inputs: StepInputs | GraphInputs, input_ids: torch.Tensor, logits_to_keep: Any
+    ) -> torch.Tensor:
         base, state = self._base, self._base.state
         state.layout, state.slots = inputs.layout, inputs.slots
         state.logit_rows = logits_to_keep if isinstance(logits_to_keep, torch.Tensor) else None
@@ -44,7 +76,7 @@ class ModelRunner:
             )
         try:
             output = base.model(
-                input_ids=inputs.input_ids,
+                input_ids=input_ids,
                 position_ids=inputs.position_ids,
                 use_cache=False,
                 logits_to_keep=logits_to_keep,

@@ -77,6 +77,10 @@ class Scheduler:
         self.too_late: Callable[[Sequence], HotswapError | None] = lambda sequence: None
         """Why there is no use in beginning a request any more."""
 
+    def expect(self, sequence: Sequence) -> None:
+        """Have its adapter brought while a step runs, before `add`, which must follow. On any thread."""
+        self._slots.expect(sequence)
+
     def add(self, sequence: Sequence) -> None:
         self._slots.expect(sequence)
         self.waiting.add(sequence)
@@ -87,6 +91,8 @@ class Scheduler:
         for lane, error in self._slots.poll():
             self._fail_lane(lane, error, draft)
         for sequence in list(self.running):
+            if sequence.has_last_pending:
+                continue
             if draft.budget and sequence.num_uncomputed == 1 and sequence not in self.waiting:
                 self._extend(sequence, draft)
         self._fill(draft)

@@ -43,8 +43,13 @@ class Sequence:
     max_new_tokens: int
     detokenizer: Detokenizer | None = None
     token_ids: list[int] = field(default_factory=list)
-    num_computed: int = 0  # tokens whose keys and values are in pages
+    num_computed: int = 0  # tokens whose keys and values are in pages, or will be when the steps underway end
+    num_pending: int = 0  # tokens that steps underway will give
+    chosen_at: int = 0  # the row of the latest of these among what its step chooses
+    plain: bool = field(init=False)  # its tokens are the likeliest ones, of which nothing more is asked
+    ended: bool = False  # it is out of the engine
     pages: list[int] = field(default_factory=list)  # those of the prefix come first
+    expected: bool = False  # its adapter has been told to come
     slot: int | None = None  # the adapter's, held until the request ends
     merged: bool = False  # whether the last step ran over weights that hold its adapter
     tenant: str = ""  # who is charged: the adapter's tenant, else the request's
@@ -68,7 +73,14 @@ class Sequence:
         self.timings.load = self.request.resolve_seconds
         adapter = self.request.adapter
         self.tenant = self.request.tenant if adapter is None else adapter.tenant
-        given = self.sampling.seed
+        sampling = self.sampling
+        self.plain = (
+            not self.is_score
+            and sampling.greedy
+            and sampling.logprobs is None
+            and sampling.repetition_penalty == 1
+        )
+        given = sampling.seed
         self.seed = secrets.randbits(63) if given is None else given
 
     @property
@@ -101,7 +113,8 @@ class Sequence:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.token_ids)
+        """Those that are still to come from steps underway included."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -109,11 +122,31 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """Tokens that are known."""
         return len(self.token_ids) - len(self.request.prompt_ids)
 
     @property
     def num_uncomputed(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return self.num_tokens - self.num_computed
+
+    @property
+    def has_last_pending(self) -> bool:
+        """Whether it ends, by its length at the latest, with what steps underway will give."""
+        return self.num_pending > 0 and self.num_generated + self.num_pending >= self.max_new_tokens
+
+    def launched(self, num_new: int, row: int | None) -> None:
+        """A step with `num_new` more of its tokens runs, which gives another one in `row` of its choice."""
+        self.num_computed += num_new
+        if row is not None:
+            self.num_pending += 1
+            self.chosen_at = row
+
+    def append(self, token: int) -> None:
+        """The oldest of the tokens that were pending is there."""
+        self.num_pending -= 1
+        self.token_ids.append(token)
+        if self._stage is not Stage.QUEUED:  # else it was preempted meanwhile
+            self.enter(Stage.DECODE)
 
     def admit(self, without_adapter: float) -> None:
         """It runs now; `without_adapter` seconds of its waiting were for its adapter."""

@@ -66,8 +66,9 @@ class SlotKeeper:
         self._prefixes = prefixes
 
     def expect(self, sequence: Sequence) -> None:
-        """A request has come that will need a slot."""
-        if sequence.request.adapter is not None:
+        """A request has come that will need a slot. On any thread; the second time nothing happens."""
+        if sequence.request.adapter is not None and not sequence.expected:
+            sequence.expected = True
             self._adapters.expect(sequence.request.adapter)
 
     def acquire(self, lane: Lane) -> bool:

@@ -16,6 +16,7 @@ import torch
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.fields import MODULE_PREFIX, check_fields
 from hotswap_server.adapters.method import BankOptions, shown_fields
+from hotswap_server.adapters.transfer import Writes, packed
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.blocks import ATTENTION, MLP, Block
@@ -83,22 +84,27 @@ class BottleneckBank:
         self._tables: dict[Block, BottleneckTable] = {}
 
     def put(self, slot: int, adapter: BottleneckAdapter) -> None:
+        writes = Writes()
         for block in self._base.blocks:
             weights = adapter.weights.get(_name(block))
             if weights is None:
                 if block in self._tables:
-                    self._tables[block].sizes[slot] = 0
+                    writes.add_numbers(self._tables[block].sizes[slot : slot + 1], [0])
                 continue
             table = self._tables.get(block) or self._allocate(block)
             size = weights.down.shape[0]
-            table.down[slot, :size].copy_(weights.down)
-            table.down_bias[slot, :size].copy_(weights.down_bias)
-            table.up[slot, :size].copy_(weights.up)
-            table.up_bias[slot].copy_(weights.up_bias)
-            table.activations[slot] = adapter.activation
-            table.layouts[slot] = adapter.layout
-            table.residuals[slot] = adapter.residual
-            table.sizes[slot] = size
+            writes.add(table.down[slot, :size], weights.down)
+            writes.add(table.down_bias[slot, :size], weights.down_bias)
+            writes.add(table.up[slot, :size], weights.up)
+            writes.add(table.up_bias[slot], weights.up_bias)
+            for place, number in (
+                (table.activations, adapter.activation),
+                (table.layouts, adapter.layout),
+                (table.residuals, adapter.residual),
+                (table.sizes, size),
+            ):
+                writes.add_numbers(place[slot : slot + 1], [int(number)])
+        writes.run()
         self._base.state.mark(METHOD.name, slot, adapter.weights.keys())
 
     def _allocate(self, block: Block) -> BottleneckTable:
@@ -195,6 +201,13 @@ class BottleneckMethod:
                 up=(up.float() * scaling).t().to(base.dtype).contiguous(),
                 up_bias=(up_bias.float() * scaling).to(base.dtype),
             )
+        if base.device.type == "cuda":
+            loose = [t for w in weights.values() for t in (w.down, w.down_bias, w.up, w.up_bias)]
+            quarters = iter(packed(loose))
+            weights = {
+                name: BottleneckWeights(*four)
+                for name, four in zip(weights, zip(*[quarters] * 4, strict=True), strict=True)
+            }
         return BottleneckAdapter(
             weights=weights,
             activation=activation,

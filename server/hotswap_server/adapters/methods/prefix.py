@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hotswap_server.adapters.checkpoint import RawCheckpoint
 from hotswap_server.adapters.fields import check_fields
 from hotswap_server.adapters.method import BankOptions, shown_fields
+from hotswap_server.adapters.transfer import outlive_steps
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.prefixes import Prefix
 from hotswap_server.errors import AdapterInvalidError
@@ -45,8 +46,8 @@ class PrefixBank:
         device, prefix = self._base.device, adapter.prefix
         self._base.prefixes[METHOD.name, slot] = Prefix(
             prefix.digest,
-            tuple(keys.to(device) for keys in prefix.keys),
-            tuple(values.to(device) for values in prefix.values),
+            tuple(outlive_steps(keys.to(device)) for keys in prefix.keys),
+            tuple(outlive_steps(values.to(device)) for values in prefix.values),
         )
 
     def clear(self, slot: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.methods.lora.adapter import NAME, LoraAdapter
 from hotswap_server.adapters.scales import FeatureTable, ScaleTable, ShiftTable
+from hotswap_server.adapters.transfer import Writes
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.projection import ProjectionGroup
 from hotswap_server.engine.sites import EmbeddingSite, OutputSite
@@ -29,8 +30,10 @@ class LoraBank:
             self._places.append(_EmbeddingPlace(base, options, base.embedding))
 
     def put(self, slot: int, adapter: LoraAdapter) -> None:
+        writes = Writes()
         for place in self._places:
-            place.put(slot, adapter)
+            place.put(slot, adapter, writes)
+        writes.run()
         parts = {"weights": adapter.weights, "scales": adapter.scales, "shifts": adapter.shifts}
         touches = {(part, name) for part, values in parts.items() for name in values}
         self._state.mark(NAME, slot, touches)
@@ -55,7 +58,7 @@ def bank_bytes(base: BaseModel, options: BankOptions) -> int:
 
 
 class _Place(Protocol):
-    def put(self, slot: int, adapter: LoraAdapter) -> None: ...
+    def put(self, slot: int, adapter: LoraAdapter, writes: Writes) -> None: ...
 
 
 class _Outputs:
@@ -106,22 +109,20 @@ class _GroupPlace:
         self._bank: GroupedLora | None = None
         self._outputs = _Outputs(base, options.num_slots, group.names, group.widths)
 
-    def put(self, slot: int, adapter: LoraAdapter) -> None:
+    def put(self, slot: int, adapter: LoraAdapter, writes: Writes) -> None:
         names = self._group.names
         ranked = any(name in adapter.weights for name in names)
         if self._bank is None and ranked:
             self._bank = self._allocate()
         if self._bank is not None:
+            ranks = [0] * len(names)
             for member, name in enumerate(names):
-                weights = adapter.weights.get(name)
-                if weights is None:
-                    self._bank.ranks[slot, member] = 0
-                    continue
-                a, b = weights
-                rank = a.shape[0]
-                self._bank.a[slot, member, :rank].copy_(a)
-                self._bank.b[member][slot, :rank].copy_(b)
-                self._bank.ranks[slot, member] = rank
+                if (weights := adapter.weights.get(name)) is not None:
+                    a, b = weights
+                    rank = ranks[member] = a.shape[0]
+                    writes.add(self._bank.a[slot, member, :rank], a)
+                    writes.add(self._bank.b[member][slot, :rank], b)
+            writes.add_numbers(self._bank.ranks[slot], ranks)
         self._outputs.put(slot, adapter)
         self._ranked = _with(self._ranked, slot, ranked)
         self._touched = _with(self._touched, slot, ranked or any(name in adapter.shifts for name in names))
@@ -173,7 +174,7 @@ class _SitePlace:
         self._touched: frozenset[int] = frozenset()
         self._outputs = _Outputs(base, options.num_slots, (site.name,), (site.width,))
 
-    def put(self, slot: int, adapter: LoraAdapter) -> None:
+    def put(self, slot: int, adapter: LoraAdapter, writes: Writes) -> None:
         self._outputs.put(slot, adapter)
         self._touched = _with(self._touched, slot, self._site.name in adapter.shifts)
         if self._touched and self not in self._site.deltas:
@@ -197,7 +198,7 @@ class _EmbeddingPlace:
         self._bank: GroupedLora | None = None
         self._outputs = _Outputs(base, options.num_slots, (site.name,), (site.width,))
 
-    def put(self, slot: int, adapter: LoraAdapter) -> None:
+    def put(self, slot: int, adapter: LoraAdapter, writes: Writes) -> None:
         weights = adapter.weights.get(self._site.name)
         if weights is not None:
             if self._columns is None or self._bank is None:

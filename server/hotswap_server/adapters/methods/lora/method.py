@@ -24,6 +24,7 @@ from hotswap_server.adapters.methods.lora.tensors import (
     sort_tensors,
 )
 from hotswap_server.adapters.targets import by_pattern, target_modules
+from hotswap_server.adapters.transfer import packed
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.errors import AdapterInvalidError
 from hotswap_server.kernels import LowRankUpdate
@@ -94,6 +95,9 @@ class LoraMethod:
         if base.embedding is not None and base.embedding.name in weights:
             a, b = weights[base.embedding.name]
             weights[base.embedding.name] = (a, (b.float() * base.embedding.scale).to(base.dtype))
+        if base.device.type == "cuda":
+            halves = iter(packed([*chain(*weights.values())]))
+            weights = dict(zip(weights, zip(halves, halves, strict=True), strict=True))
         held = [*chain(*weights.values()), *scales.values(), *shifts.values()]
         return LoraAdapter(
             weights=weights,
