@@ -11,6 +11,7 @@ from hotswap_server.core import Delta, FinishReason
 from hotswap_server.engine.ahead import NextTokens
 from hotswap_server.engine.buffers import StepBuffers
 from hotswap_server.errors import EngineError
+from structlog.testing import capture_logs
 from support.adapters import write_bottleneck, write_lora, write_prefix
 from support.models import random_prompt
 from support.running import SOON_S, Outcome, Running, wait_until
@@ -28,6 +29,13 @@ def store(llama, tmp_path_factory):
     write_bottleneck(llama, store / "acme" / "bottleneck" / "1", bottleneck_size=8)
     write_prefix(llama, store / "acme" / "prefix" / "1", tokens=20)
     return store
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """What is logged; shown as tracebacks with all local variables, it would take seconds."""
+    with capture_logs() as logs:
+        yield logs
 
 
 @pytest.fixture
