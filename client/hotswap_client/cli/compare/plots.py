@@ -159,7 +159,7 @@ def _draw_pareto(
     logarithmic: bool = False,
 ) -> None:
     from matplotlib.patheffects import withStroke
-    from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, PercentFormatter
 
     front = pareto_front(points)
     axes.step(
@@ -192,6 +192,7 @@ def _draw_pareto(
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     if logarithmic:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     places = [axes.transData.transform((point.cost, point.quality)) for point in points]
     scale = axes.figure.dpi / 72
     spots = place_labels(
@@ -264,7 +265,7 @@ def _draw_forgetting(axes: Any, comparison: Comparison) -> None:
 
 
 def _draw_losses(axes: Any, comparison: Comparison) -> None:
-    from matplotlib.ticker import FuncFormatter
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     lowest = 1.0
     for result in comparison.methods:
@@ -275,6 +276,7 @@ def _draw_losses(axes: Any, comparison: Comparison) -> None:
     if lowest < _LOG_BELOW:
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step", color=_TEXT)
     axes.set_ylabel("loss, nats a token", color=_TEXT)
     axes.legend(frameon=False, labelcolor=_TEXT, ncols=2, fontsize=8)
