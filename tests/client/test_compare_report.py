@@ -114,7 +114,8 @@ def test_reports_are_written_beside_one_another(tmp_path, whole, pictures):
         assert (tmp_path / f"{picture.name}.png").read_bytes() == picture.png  # the same each time
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, whole):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(plots, "pictures", lambda _: ())
     with pytest.raises(story.CompareError, match=r"^--output: .*gone"):
         story.write(tmp_path / "gone", whole, recommend(whole, Limits()))
 
