@@ -235,8 +235,14 @@ def _requires(name: str) -> list[str]:
     if name != "hotswap":
         return importlib.metadata.requires(name) or []
     optional = PROJECT["optional-dependencies"].items()
-    extras = [f'{need}; extra == "{extra}"' for extra, needs in optional for need in needs]
+    extras = [_under(extra, need) for extra, needs in optional for need in needs]
     return [*PROJECT["dependencies"], *extras]
+
+
+def _under(extra: str, need: str) -> str:
+    """`need`, which may have a condition of its own, as a requirement of `extra`."""
+    what, _, condition = need.partition(";")
+    return f'{what}; {f"({condition}) and " if condition else ""}extra == "{extra}"'
 
 
 def _met(need: Requirement, pins: dict[str, Version]) -> bool:
