@@ -107,14 +107,18 @@ def flags(tiny_base, data_file, tmp_path) -> dict[str, object]:
 
 @pytest.fixture
 def train_process(tmp_path):
-    """Start `python -m hotswap_trainer` (by a `launcher`, if given) on options; kills what is left."""
+    """Start `python -m hotswap_trainer`, or another `module`, on options, by a `launcher` if one is given;
+    kills what is left."""
     started: list[subprocess.Popen[str]] = []
 
-    def start(options: dict[str, object], *, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
-        arguments = [
-            part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))
-        ]
-        packages = [str(REPOSITORY / part) for part in ("proto", "trainer")]
+    def start(
+        options: dict[str, object], *, launcher: tuple[str, ...] = (), module: str = "hotswap_trainer"
+    ) -> subprocess.Popen[str]:
+        arguments = []
+        for key, value in options.items():
+            flag = f"--{key.replace('_', '-')}"
+            arguments += [flag] if value is True else [flag, str(value)]
+        packages = [str(REPOSITORY / part) for part in ("proto", "trainer", "tests")]
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(packages),
@@ -122,7 +126,7 @@ def train_process(tmp_path):
             "HOTSWAP_CACHE_DIR": str(tmp_path / "cache"),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", *launcher, "hotswap_trainer", *arguments],
+            [sys.executable, "-m", *launcher, module, *arguments],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

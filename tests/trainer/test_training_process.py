@@ -3,34 +3,16 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import pytest
 import torch
 from hotswap_trainer.workdir import WorkDir, mark_complete
 from safetensors.torch import load_file
+from support.training import finish, wait_for_checkpoint
 
 
 def weights(store):
     return load_file(store / "acme" / "task" / "1" / "adapter_model.safetensors")
-
-
-def wait_for_checkpoint(process, work_dir, step):
-    """Until a complete checkpoint at `step` or later is there."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()[0]
-        for marker in work_dir.glob("*/checkpoints/checkpoint-*/hotswap_complete.json"):
-            if int(marker.parent.name.rpartition("-")[2]) >= step:
-                return
-        time.sleep(0.01)
-    raise TimeoutError("no checkpoint")
-
-
-def finish(process) -> str:
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
-    return output
 
 
 @pytest.fixture
@@ -69,21 +51,6 @@ def test_an_interrupted_run_says_how_to_go_on(train_process, long_flags):
     assert "The same command goes on from the last checkpoint" in output
     assert "Traceback" not in output
     assert not long_flags["output"].exists()
-
-
-@pytest.mark.slow
-def test_two_processes_train_what_one_does(train_process, flags, tmp_path):
-    flags = {**flags, "device": "cpu", "eval_fraction": 0.2}  # 32 examples: whole batches
-    one = {**flags, "batch_size": 8, "output": tmp_path / "one"}
-    for options, launcher in (
-        (one, ()),
-        (flags, ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")),
-    ):
-        process = train_process(options, launcher=launcher)
-        finish(process)
-    assert [path.name for path in (flags["output"] / "acme" / "task").iterdir()] == ["1"]
-    for name, tensor in weights(one["output"]).items():
-        torch.testing.assert_close(weights(flags["output"])[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -71,6 +71,8 @@ class CompleteCheckpoints(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
+        if args.world_size > 1:
+            args.distributed_state.wait_for_everyone()  # each process writes its own random state
         if state.is_world_process_zero:
             mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}", self.seconds())
 

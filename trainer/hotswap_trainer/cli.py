@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Optional
 
@@ -27,7 +28,8 @@ def train(config: Path | None = None, **flags: Any) -> None:
     Every option is also a key of the --config file; flags win over the file.
     On several GPUs: torchrun --nproc-per-node 2 -m hotswap_trainer, and the same options.
     """
-    console = Console(stderr=True)
+    # Processes that torchrun or accelerate starts fail alike: one of each machine says why.
+    console = Console(stderr=True, quiet=os.environ.get("LOCAL_RANK", "0") != "0")
     try:
         run = configure(flags, config)
         from hotswap_trainer.run import train as start

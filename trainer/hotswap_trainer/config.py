@@ -71,6 +71,11 @@ class TrainOptions:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", help="Of the base: bfloat16 on a GPU that has it, else float32.", group=CADENCE
     )
+    fsdp: bool = option(
+        False,
+        help="Shard weights, gradients and optimiser over the processes' GPUs (FSDP), for lora and full.",
+        group=CADENCE,
+    )
     gradient_checkpointing: bool = option(
         False, help="Recompute activations: less memory, a third more time.", group=CADENCE
     )

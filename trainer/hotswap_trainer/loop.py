@@ -6,7 +6,7 @@ import inspect
 import math
 import resource
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,7 @@ from hotswap_trainer.callbacks import (
 )
 from hotswap_trainer.config import Run, compute_dtype
 from hotswap_trainer.data import Example
+from hotswap_trainer.sharding import gather, restore
 from hotswap_trainer.workdir import Checkpoint
 
 if TYPE_CHECKING:
@@ -149,20 +150,16 @@ class _Trainer(Trainer):
         return self.sampler
 
     # A checkpoint holds what is trained and nothing else. PEFT's own would not do for a prefix that has a
-    # projection, of which it saves the product alone.
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        directory = Path(output_dir or str(self.args.output_dir))
-        directory.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self._trained()}, directory / _TRAINED_FILE)
+    # projection, of which it saves the product alone. Every process comes here, and one writes.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        whole = gather(self.trained_model, keep=self.args.should_save)
+        if self.args.should_save:
+            directory = Path(output_dir or str(self.args.output_dir))
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file(whole, directory / _TRAINED_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / _TRAINED_FILE)
-        with torch.no_grad():
-            for name, parameter in self._trained():
-                parameter.copy_(saved[name])
-
-    def _trained(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        return ((name, p) for name, p in self.trained_model.named_parameters() if p.requires_grad)
+        restore(self.trained_model, load_file(Path(resume_from_checkpoint) / _TRAINED_FILE))
 
 
 class _NextOrder(TrainerCallback):
@@ -203,6 +200,7 @@ def _arguments(
         data_seed=options.seed,
         use_cpu=not on_gpu,
         bf16=on_gpu and compute_dtype(options) == torch.bfloat16,
+        fsdp=options.fsdp or None,  # type: ignore[arg-type]  # True is what it is now; its type lags behind
         gradient_checkpointing=options.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         eval_strategy="steps" if evaluation else "no",

@@ -22,6 +22,7 @@ from hotswap_trainer.errors import OptionError, TrainerError, TrainingDivergedEr
 from hotswap_trainer.method import Trained
 from hotswap_trainer.options import as_json
 from hotswap_trainer.report import Parameters, Report
+from hotswap_trainer.sharding import check_processes, gather, restore
 from hotswap_trainer.workdir import Checkpoint, WorkDir
 
 
@@ -42,6 +43,7 @@ def train(run: Run, console: Console | None = None) -> Published | None:
     """
     rank = int(os.environ.get("RANK", "0"))
     console = console or Console(stderr=True, quiet=rank != 0)
+    check_processes(run.options)
     _check_writable(run.options.output)
     with _quiet_libraries():
         return _train(run, rank, console)
@@ -82,8 +84,13 @@ def _train(run: Run, rank: int, console: Console) -> Published | None:
             resume_from=resume_from,
             console=console,
         )
+        if run.options.fsdp:
+            whole = gather(model, keep=rank == 0)
         if rank != 0:
             return None
+        if run.options.fsdp:  # the shards cannot be written as they lie
+            model = _model(run, base)
+            restore(model, whole)
         _check_finite(model)
     except TrainingDivergedError:
         if rank == 0:
