@@ -1,7 +1,8 @@
 """What real training steps take, to hold plans to: run as a program, in a process of its own.
 
-On a CPU memory is the process's resident set, on a GPU what the CUDA allocator gave out. As a program it
-prints JSON; by hand, on a GPU:
+On a GPU memory is what the CUDA allocator gave out. On a CPU what is held between steps is the resident set
+of the process, and the peak what torch's profiler saw allocated: the resident set's own peak, `resident`, has
+the heap's gaps and the buffers of matrix libraries in it. As a program it prints JSON; by hand, on a GPU:
 
     PYTHONPATH=proto:trainer:tests python tests/support/measured_step.py --base llama-1b --device cuda \\
         --dtype bf16 --batch 2 --seq 2048 --methods full,lora,bottleneck,prefix
@@ -28,8 +29,8 @@ from hotswap_trainer.planning.base import read_config
 from hotswap_trainer.planning.options import PlanOptions
 from hotswap_trainer.planning.step import DTYPES, Step, method_options_of, simulate
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
-_STEPS = 3
 _RANK = 16
 
 
@@ -86,9 +87,30 @@ def measure(
     model = _model(base, method, options, checkpointing, compute).to(device)
     memory.forget_peak()
     optimizer = _train(model, options, device)
-    held = memory.now()
-    del optimizer
-    return {"held": held, "peak": memory.peak()}
+    held, peak = memory.now(), memory.peak()
+    if device == "cuda":
+        return {"held": held, "peak": peak}
+    return {"held": held, "peak": _allocated(model, options, optimizer), "resident": peak}
+
+
+def _allocated(model: Any, options: PlanOptions, optimizer: torch.optim.Optimizer) -> int:
+    """The most that torch's allocator has out in a step on a CPU: what is there before, and what is added."""
+    optimizer.zero_grad()
+    gc.collect()
+    before = [*model.parameters(), *model.buffers()]
+    before += [value for state in optimizer.state.values() for value in state.values()]
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if state is not None:
+            before += [state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code]
+    now = most = sum(tensor.nbytes for tensor in before if isinstance(tensor, torch.Tensor))
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train(model, options, "cpu", steps=1, optimizer=optimizer)
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
 
 
 def _warm_up(base: Path) -> Path:
@@ -111,15 +133,21 @@ def _model(base: Path, method: str, options: PlanOptions, checkpointing: bool, c
     return model.train()
 
 
-def _train(model: Any, options: PlanOptions, device: str) -> torch.optim.Optimizer:
+def _train(
+    model: Any,
+    options: PlanOptions,
+    device: str,
+    steps: int = 2,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> torch.optim.Optimizer:
     """Some steps as transformers' Trainer does them. The last one's gradients stay."""
     model = model.to(device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = _optimizer(trained, options.optimizer)
+    optimizer = optimizer or _optimizer(trained, options.optimizer)
     ids = torch.randint(500, (options.batch, options.seq), device=device)
     kept = torch.arange(options.seq - 1, device=device)
     autocast = torch.autocast(device, dtype=torch.bfloat16) if options.dtype == "bf16" else nullcontext()
-    for _ in range(_STEPS):
+    for _ in range(steps):
         optimizer.zero_grad()
         with autocast:
             logits = model(input_ids=ids, logits_to_keep=kept).logits
@@ -175,6 +203,7 @@ def compare(
             "measured": measured["peak"],
             "ratio": round(step.peak / measured["peak"], 3),
         },
+        "resident": measured.get("resident"),
     }
 
 

@@ -15,16 +15,14 @@ HELD, PEAK = (
 )  # what a prediction may be off by: of weights, gradients and optimizer; with activations
 
 CASES = [
-    ("full", "adamw", False),
-    ("full", "adamw", True),
-    ("full", "sgd", False),
-    ("lora", "adamw", False),
-    ("lora", "adamw", True),
-    ("qlora", "adamw", False),
-    ("qlora", "adamw", True),
-    ("bottleneck", "adamw", False),
-    ("prefix", "adamw", False),
+    ("full", False),
+    ("lora", True),
+    ("qlora", False),
+    ("qlora", True),
+    ("bottleneck", False),
+    ("prefix", False),
 ]
+_PROCESS = 64 * 1024**2  # what a process's own heap may grow by
 
 
 @pytest.fixture(scope="module")
@@ -36,11 +34,13 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("method", "optimizer", "checkpointing"), CASES)
-def test_resident_memory_on_a_cpu(smollm2: Path, method: str, optimizer: str, checkpointing: bool) -> None:
-    options = PlanOptions(seq=512, batch=1, dtype="fp32", optimizer=optimizer)
+@pytest.mark.parametrize(("method", "checkpointing"), CASES)
+def test_memory_on_a_cpu(smollm2: Path, method: str, checkpointing: bool) -> None:
+    options = PlanOptions(seq=128, batch=1, dtype="fp32")
     found = compare("smollm2", method, options, checkpointing=checkpointing, device="cpu", base=smollm2)
-    assert found["held"]["ratio"] == pytest.approx(1, abs=HELD), found
+    print(found)
+    held = found["held"]
+    assert held["measured"] == pytest.approx(held["predicted"], rel=HELD, abs=_PROCESS), found
     assert found["peak"]["ratio"] == pytest.approx(1, abs=PEAK), found
 
 

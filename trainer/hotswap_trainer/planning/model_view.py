@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from hotswap.bases import DEFAULT_BASE
+from hotswap.shapes import SHAPES
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.table import Table
@@ -9,8 +13,10 @@ from rich.text import Text
 
 from hotswap_trainer.planning.hardware import required, smallest
 from hotswap_trainer.planning.model_plan import MethodPlan, ModelPlan
-from hotswap_trainer.planning.step import Step
 from hotswap_trainer.planning.units import GIB, show_bytes
+
+if TYPE_CHECKING:
+    from hotswap_trainer.planning.step import Step
 
 _COMPONENTS = ("weights", "constants", "gradients", "optimizer", "activations")
 
@@ -93,7 +99,10 @@ def _recommendation(plan: ModelPlan) -> Panel:
     head = Text(found.method or "none fits", "bold green" if found.method else "bold red")
     body = [Text.assemble(head, f" on {found.gpu}"), Text(found.reason)]
     if found.method:
-        body.append(Text(f"hotswap train --base {plan.base} {found.flags} …", "dim"))
+        base = (
+            "DIR" if plan.base in SHAPES and plan.base != DEFAULT_BASE else plan.base
+        )  # a shape has no weights
+        body.append(Text(f"hotswap train --base {base} {found.flags} …", "dim"))
     return Panel(Group(*body), title="Recommendation", title_align="left", width=78)
 
 
