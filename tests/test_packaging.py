@@ -105,7 +105,11 @@ def test_script_is_there(script: tuple[str, str]) -> None:
     assert callable(importlib.metadata.EntryPoint(*script, "console_scripts").load())
 
 
-@pytest.mark.parametrize("verb", PROJECT["entry-points"]["hotswap.verbs"].items(), ids=lambda verb: verb[0])
+@pytest.mark.parametrize(
+    "verb",
+    [*PROJECT["entry-points"]["hotswap.verbs"].items(), *PROJECT["entry-points"]["hotswap.variants"].items()],
+    ids=lambda verb: verb[0],
+)
 def test_verb_is_there(verb: tuple[str, str]) -> None:
     assert callable(importlib.metadata.EntryPoint(*verb, "hotswap.verbs").load())
 

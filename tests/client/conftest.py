@@ -172,7 +172,9 @@ def verbs(tmp_path: Path) -> Path:
     info = tmp_path / "site" / f"hotswap-{project['version']}.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: hotswap\nVersion: {project['version']}\n")
-    points = project["entry-points"]["hotswap.verbs"]
-    lines = [f"{name} = {value}" for name, value in points.items()]
-    (info / "entry_points.txt").write_text("\n".join(["[hotswap.verbs]", *lines]))
+    lines = []
+    for group in ("hotswap.verbs", "hotswap.variants"):
+        points = project["entry-points"][group]
+        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
     return info.parent

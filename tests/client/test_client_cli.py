@@ -198,3 +198,21 @@ def test_without_typer_the_command_says_what_to_install(verbs):
     result = spawn(verbs, f"import sys; sys.modules['typer'] = None; {MAIN}", "--help")
     assert result.returncode == 2
     assert "pip install 'hotswap[cli]'" in result.stderr
+
+
+def test_a_flag_can_make_a_verb_another_command(hotswap):
+    result = hotswap("plan", "--fleet", "--help")
+    assert result.exit_code == 0, result.output
+    assert "plan --fleet [OPTIONS]" in result.output
+    assert "--costs" in result.output
+    refused = hotswap("plan", "--rate", "3", "--fleet")
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("hotswap plan --fleet: costs: is required")
+
+
+def test_such_a_command_names_the_extra_that_it_lacks(verbs):
+    code = "import sys; sys.modules['numpy'] = None; " + MAIN
+    result = spawn(verbs, code, "plan", "--fleet", "--costs", "x", "--rate", "1")
+    assert result.returncode == 2
+    assert "`hotswap plan --fleet` needs numpy" in result.stderr
+    assert "pip install 'hotswap[server]'" in result.stderr

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hotswap_client import HotswapError
-from hotswap_client.cli._verbs import ADAPTERS_GROUP, GROUP, Verb, discover
+from hotswap_client.cli._verbs import ADAPTERS_GROUP, GROUP, VARIANTS_GROUP, Verb, discover
 
 _ASKED = "hotswap.verb"
 
@@ -28,6 +28,10 @@ class VerbGroup(TyperGroup):
     def verbs(self) -> dict[str, Verb]:
         return discover(self.group)
 
+    @functools.cached_property
+    def variants(self) -> dict[str, Verb]:
+        return discover(VARIANTS_GROUP) if self.group == GROUP else {}
+
     def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
         own = [name for name in super().list_commands(ctx) if name not in self.verbs]
         return [*own, *sorted(self.verbs)]
@@ -38,8 +42,14 @@ class VerbGroup(TyperGroup):
         return self.commands.get(cmd_name)
 
     def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        ctx.meta[f"{_ASKED}.{self.group}"] = args[0]  # contexts of groups in groups share it
-        verb = self.verbs.get(args[0])
+        asked = f"{_ASKED}.{self.group}"  # contexts of groups in groups share it
+        ctx.meta[asked] = verb = self.verbs.get(args[0])
+        for flag in args[1:]:
+            if flag.startswith("--") and (variant := self.variants.get(f"{args[0]}.{flag[2:]}")) is not None:
+                ctx.meta[asked] = variant
+                command = variant.load()
+                command.name = variant.title
+                return command.name, command, [other for other in args[1:] if other != flag]
         if verb is not None and args[0] not in self.commands:
             self.commands[args[0]] = verb.load()
         return super().resolve_command(ctx, args)
@@ -54,11 +64,11 @@ class VerbGroup(TyperGroup):
             raise typer.Exit(1) from None
         except ModuleNotFoundError as error:
             # Verbs import heavy libraries when they run, so this covers both the import and the run.
-            verb = self.verbs.get(ctx.meta.get(f"{_ASKED}.{self.group}", ""))
+            verb = ctx.meta.get(f"{_ASKED}.{self.group}")
             if verb is None or not verb.lacks_extra(error):
                 raise
             typer.echo(
-                f"error: `{ctx.command_path} {verb.name}` needs {error.name}, which is not installed: "
+                f"error: `{ctx.command_path} {verb.title}` needs {error.name}, which is not installed: "
                 f"{verb.remedy()}",
                 err=True,
             )

@@ -13,6 +13,8 @@ import typer
 GROUP = "hotswap.verbs"
 ADAPTERS_GROUP = "hotswap.adapters_verbs"
 """What other packages add to `hotswap adapters`."""
+VARIANTS_GROUP = "hotswap.variants"
+"""What runs instead of a verb that is given a flag: `plan.fleet` is `hotswap plan --fleet`."""
 
 _EXTRAS = {"hotswap_client": "cli", "hotswap_server": "server", "hotswap_trainer": "trainer"}
 """The extra that brings what a package's verbs import."""
@@ -25,6 +27,11 @@ class Verb:
     name: str
     module: str
     attribute: str
+
+    @property
+    def title(self) -> str:
+        """As it is typed."""
+        return self.name.replace(".", " --")
 
     def summary(self) -> str:
         """The first line of the function's docstring, or of the module's for an app; empty if unknown.

@@ -33,6 +33,19 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="Where --shape runs: cuda or cpu.")] = "cuda",
     eager: Annotated[bool, typer.Option("--eager", help="With --shape: without compiled layers.")] = False,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            help="Measure a server's steps, loads and swaps, and write them to this file for `hotswap plan "
+            "--fleet`. --requests is then the largest batch."
+        ),
+    ] = None,
+    serve_option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="With --costs: a setting of `hotswap serve`, such as threads=1."
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file too.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the random prompts and adapters.")] = 0,
 ) -> None:
@@ -54,6 +67,10 @@ def bench(
         raise typer.Exit(2) from None
     sizes = Shape(prompt_tokens, new_tokens, rank)
     try:
+        if costs is not None:
+            options = serve_option or []
+            _measure_costs(console, path, costs, requests or 16, rank, repeat, quantize, options, seed)
+            return
         with tempfile.TemporaryDirectory(prefix="hotswap-bench-") as store:
             if mix:
                 figures = _measure_mix(
@@ -99,6 +116,36 @@ def _measure_shape(console: Any, shape: str, device: str, eager: bool) -> Any:
         figures = measure_gpu(shape, torch.device(device), dtype, eager=eager, tell=status.update)
     print_gpu(console, figures)
     return figures
+
+
+def _measure_costs(
+    console: Any,
+    path: Path,
+    output: Path,
+    requests: int,
+    rank: int,
+    repeat: int,
+    quantize: str | None,
+    options: list[str],
+    seed: int,
+) -> None:
+    from hotswap_server.bench.costs import Plan, measure_costs, print_costs
+    from hotswap_server.config import flag_of
+
+    flags: list[str] = []
+    for option in options:
+        name, equals, value = option.partition("=")
+        if not (name and equals):
+            typer.echo(
+                f"hotswap bench: --serve-option must be NAME=VALUE, as in threads=1, got {option!r}", err=True
+            )
+            raise typer.Exit(2)
+        flags += [flag_of(name), value]
+    plan = Plan(max_batch=requests, rank=rank, rounds=repeat, seed=seed)
+    with console.status("starting") as status:
+        found = measure_costs(path, plan, quantize=quantize, options=flags, tell=status.update)
+    found.write(output)
+    print_costs(console, found)
 
 
 def _measure_mix(

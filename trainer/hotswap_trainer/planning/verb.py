@@ -57,9 +57,19 @@ def plan(
             help="Tokens of a request, prompt and answer; by default 4096.", rich_help_panel="Serving"
         ),
     ] = None,
+    fleet: Annotated[
+        bool,
+        typer.Option(
+            "--fleet",
+            help="Instead, tell what replicas of a server would do: see hotswap plan --fleet --help.",
+            rich_help_panel="What",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Tell what training and serving will need, and which method to take."""
+    if fleet:  # `hotswap` itself runs another command then
+        raise typer.BadParameter("is for the command `hotswap plan`", param_hint="--fleet")
     from hotswap_trainer.planning.memory_verb import run
 
     run(
