@@ -42,10 +42,12 @@ class Outcome:
 
     request: GenerateRequest | ScoreRequest
     events: list[Event] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)  # when each came, by time.monotonic()
     _ended: threading.Event = field(default_factory=threading.Event)
 
     def sink(self, event: Event) -> None:
         assert not self._ended.is_set(), f"{event} after the last event"
+        self.times.append(time.monotonic())
         self.events.append(event)
         if not isinstance(event, Delta):
             self._ended.set()
