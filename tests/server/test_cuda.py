@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from hotswap_server.engine.base import BaseModel, load_base, prepare_base
+from hotswap_server.engine.base import BaseModel, prepare_base
 from hotswap_server.engine.compiling import compile_layers
 from hotswap_server.kernels import select_kernels
 from support.adapters import write_bottleneck, write_ia3, write_lora, write_prefix
@@ -128,25 +128,5 @@ def test_every_family_answers_as_on_the_cpu(family, tokenizer, tmp_path):
         with Running(base, tokenizer, tmp_path) as running:
             outcomes = [ask(running, name, length, length) for name in (None, "lora4") for length in (3, 60)]
             both.append([outcome.wait() for outcome in outcomes])
-    for theirs, ours in zip(*both, strict=True):
-        assert_same(ours, theirs)
-
-
-def test_a_base_in_four_bits_answers_as_its_unpacked_weights_do(llama, tokenizer, store, tmp_path):
-    """Few tokens go through the kernel of 4 bits, prompts over the weights unpacked."""
-    pytest.importorskip("bitsandbytes")
-    from hotswap_server.kernels.triton import FusedFourBitProjection
-
-    llama.save_pretrained(tmp_path / "base")
-    kernels = select_kernels(CUDA, torch.float32)
-    base = load_base(tmp_path / "base", kernels=kernels, device=CUDA, dtype=torch.float32, quantize="nf4")
-    assert all(isinstance(group.projection, FusedFourBitProjection) for group in base.projections)
-    unpacked = copy.deepcopy(llama)
-    with torch.inference_mode():
-        for group in base.projections:
-            for name in group.names:
-                unpacked.get_submodule(name).weight.copy_(group.weight_of(name))
-    compile_layers(base)
-    both = [answers(each, tokenizer, store, together=True) for each in (prepared(unpacked), base)]
     for theirs, ours in zip(*both, strict=True):
         assert_same(ours, theirs)

@@ -28,6 +28,7 @@ CHOSEN = (
     "test_triton_linear.py::test_linear[float32-None-rows_by_columns]",
     "test_triton_four_bit.py::test_four_bit_linear[torch.float32-index2-288-in_parts]",
     "test_triton_four_bit.py::test_unpacked_is_what_bitsandbytes_unpacks[torch.float32-True-nf4-96]",
+    "test_triton_four_bit.py::test_the_groups_of_a_base",
     "test_triton_four_bit.py::test_members_in_one_projection[torch.float32-fp4-100]",
 )
 

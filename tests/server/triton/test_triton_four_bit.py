@@ -1,5 +1,7 @@
 """Linear layers over weights in 4 bits with their LoRAs beside, against their unpacked weights."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -8,12 +10,14 @@ pytest.importorskip("triton")
 pytest.importorskip("bitsandbytes")
 
 from bitsandbytes import functional
+from hotswap_server.bench.quantized import quantize_linears
+from hotswap_server.engine.base import prepare_base
 from hotswap_server.engine.batch import token_slots
 from hotswap_server.kernels import GroupedLora
 from hotswap_server.kernels.interface import FourBitWeight, slot_tiles
 from hotswap_server.kernels.quantized import FourBitProjection
 from hotswap_server.kernels.reference import ReferenceKernels, unpack_four_bit
-from hotswap_server.kernels.triton import TritonKernels
+from hotswap_server.kernels.triton import FusedFourBitProjection, TritonKernels
 from hotswap_server.kernels.triton.four_bit import (
     FourBitTiling,
     four_bit_linear,
@@ -22,6 +26,7 @@ from hotswap_server.kernels.triton.four_bit import (
     unpack,
 )
 from hotswap_server.kernels.triton.rows import expand_rows
+from support.models import FAMILIES, tiny_model
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
@@ -146,6 +151,30 @@ def test_members_that_stay_apart(device):
     assert TritonKernels().four_bit([narrow], None) is None
     assert TritonKernels().four_bit([source(16, 64, torch.float32), narrow], None) is None
     assert ReferenceKernels().four_bit([source(16, 64, torch.float32)], None) is None
+
+
+def test_the_groups_of_a_base(device):
+    """Every group is one product, rows that end in the midst of a block too, and its bytes are counted."""
+    model = tiny_model(FAMILIES["llama"]).to(device)
+    plain = dict(copy.deepcopy(model).named_parameters())
+    quantize_linears(model, torch.float32)
+    base = prepare_base(model, kernels=TritonKernels())
+    assert base.quantization == "nf4"
+    assert [len(group.names) for group in base.projections] == [3, 1, 2, 1] * 2
+    others = set(plain)
+    for group in base.projections:
+        assert isinstance(group.projection, FusedFourBitProjection)
+        for name in group.names:
+            others.remove(f"{name}.weight")
+            weight = plain[f"{name}.weight"].data
+            packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+            assert torch.equal(group.weight_of(name), functional.dequantize_4bit(packed, state))
+    taken = sum(group.projection.nbytes for group in base.projections)
+    assert base.weight_bytes == taken + sum(plain[name].nbytes for name in others)
+    group = base.projections[0]
+    x = torch.randn(3, group.in_features, device=device)
+    expected = torch.nn.functional.linear(x, group.projection.weight())
+    torch.testing.assert_close(group.compute(x), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 32, 33, 64])
