@@ -281,8 +281,16 @@ def warm_hotswap(tmp_path) -> Iterator[Path]:
 
 
 @pytest.mark.timeout(900)
-def test_the_pages_run_as_they_stand(tmp_path, tiny_cache, warm_hotswap, subtests):
-    for page in RUN_PAGES:
+@pytest.mark.parametrize(
+    "pages",
+    [
+        [page for page in RUN_PAGES if page.parent.name != "methods"],
+        pytest.param([page for page in RUN_PAGES if page.parent.name == "methods"], marks=pytest.mark.slow),
+    ],
+    ids=["pages", "methods"],
+)
+def test_the_pages_run_as_they_stand(pages, tmp_path, tiny_cache, warm_hotswap, subtests):
+    for page in pages:
         ports = free_ports()
         environment = base_environment(
             PATH=f"{warm_hotswap}:{Path(sys.executable).parent}:{os.environ['PATH']}",
