@@ -53,6 +53,11 @@ OTHER_LANGUAGES = {OUTPUT, "yaml", "json", "promql"}
 ALL = [block for page in PAGES for block in blocks(page)]
 RUN = [block for block in ALL if block.language in (SHELL, PYTHON) and block.reason is None]
 RUN_PAGES = list(dict.fromkeys(block.page for block in RUN))
+LONG = {
+    *(ROOT / "docs" / "methods").glob("*.md"),
+    ROOT / "docs" / "planning.md",
+    ROOT / "docs" / "comparing.md",
+}
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -284,10 +289,10 @@ def warm_hotswap(tmp_path) -> Iterator[Path]:
 @pytest.mark.parametrize(
     "pages",
     [
-        [page for page in RUN_PAGES if page.parent.name != "methods"],
-        pytest.param([page for page in RUN_PAGES if page.parent.name == "methods"], marks=pytest.mark.slow),
+        [page for page in RUN_PAGES if page not in LONG],
+        pytest.param([page for page in RUN_PAGES if page in LONG], marks=pytest.mark.slow),
     ],
-    ids=["pages", "methods"],
+    ids=["short", "long"],
 )
 def test_the_pages_run_as_they_stand(pages, tmp_path, tiny_cache, warm_hotswap, subtests):
     for page in pages:
