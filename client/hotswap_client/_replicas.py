@@ -64,11 +64,13 @@ def service_config(affinity: Affinity | None) -> dict[str, Any]:
 
 
 def channel_options() -> list[tuple[str, str | int]]:
-    """A host that is gone without a word is noticed; a name is looked up anew soon after a replica left."""
+    """A host that is gone without a word is noticed, and one that is back too; a name is looked up anew soon
+    after a replica left."""
     return [
         ("grpc.keepalive_time_ms", 30_000),
         ("grpc.keepalive_timeout_ms", 10_000),
         ("grpc.dns_min_time_between_resolutions_ms", 5_000),
+        ("grpc.max_reconnect_backoff_ms", 5_000),
     ]
 
 

@@ -33,6 +33,7 @@ SERVICES: Final = (
 
 # For what still has to be sent after the last call has ended; health watchers are then cut off.
 _STOP_GRACE_S = 1.0
+_LEAVING_S = 60.0
 _REFRESH_S = 1.0
 
 
@@ -192,17 +193,29 @@ class GrpcServer:
     async def stop(self, drain_timeout: float) -> None:
         """Say NOT_SERVING, let running calls end within `drain_timeout` seconds, fail the rest, then close.
 
+        Connections take no further calls from now on: whoever reaches this server through a balancer of
+        connections then makes a new one, to another server, instead of being refused here until the end.
         Cancelling this task ends the waiting; `stop(0)` then closes at once.
         """
         await self._health.enter_graceful_shutdown()
         loop = asyncio.get_running_loop()
         deadline = loop.time() + drain_timeout
-        await self._engine.drain(drain_timeout)
-        await asyncio.to_thread(self._engine.close)
-        # The engine is done; its last events may still be on their way to a caller who reads slowly.
-        with suppress(TimeoutError):
-            async with asyncio.timeout_at(max(deadline, loop.time() + _STOP_GRACE_S)):
-                await self._calls.wait_idle()
+        # Their grace outlasts what follows, which is what ends them. Probes go on being answered.
+        leaving = [
+            asyncio.create_task(server.stop(drain_timeout + _LEAVING_S))
+            for server in self._servers
+            if drain_timeout and server is not self._probed
+        ]
+        try:
+            await self._engine.drain(drain_timeout)
+            await asyncio.to_thread(self._engine.close)
+            # The engine is done; its last events may still be on their way to a caller who reads slowly.
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(max(deadline, loop.time() + _STOP_GRACE_S)):
+                    await self._calls.wait_idle()
+        finally:
+            for task in leaving:
+                task.cancel()
         grace = _STOP_GRACE_S if drain_timeout else None
         await asyncio.gather(*(server.stop(grace) for server in self._servers))
         if self._refreshing is not None:

@@ -248,7 +248,6 @@ async def test_a_stop_lets_a_stream_finish_and_refuses_new_requests(serving, ref
             await asyncio.sleep(0.01)
         refusal = await refusal_of(s.inference.Generate(inference_pb2.GenerateRequest(input=text())))
         assert refusal.code is grpc.StatusCode.UNAVAILABLE
-        assert refusal.details["ErrorInfo"].reason == "DRAINING"
         rest = [message async for message in stream]
         assert len(rest) == 50
         assert rest[-1].HasField("completion")
