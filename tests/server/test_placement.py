@@ -128,7 +128,7 @@ class Simulation:
             resident = placement.residents.get(ref)
             if resident is not None and resident.pinned:
                 placement.unpin(resident)
-            elif placement.num_kept("lora") + 1 < SLOTS:
+            elif sum(other.kept for other in placement.residents.values()) + 1 < SLOTS:
                 placement.bring(ref, pinned=True)
 
     def unload(self, ref: AdapterRef) -> None:
