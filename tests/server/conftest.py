@@ -35,6 +35,15 @@ def llama():
 
 
 @pytest.fixture(scope="session")
+def llama_directory(llama, tokenizer, tmp_path_factory):
+    """The reference model with its tokenizer, for a server to load."""
+    directory = tmp_path_factory.mktemp("llama")
+    llama.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def llama_base(llama):
     from support.models import prepared
 

@@ -44,13 +44,6 @@ EXPECTED = {
 
 
 @pytest.fixture
-def base(llama, tokenizer, tmp_path):
-    llama.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
-    return tmp_path / "base"
-
-
-@pytest.fixture
 def store(llama, tmp_path):
     for number in range(ADAPTERS):
         write_lora(llama, tmp_path / "store" / f"t{number}" / "a" / "1", r=8, target_modules=["q_proj"])
@@ -101,10 +94,10 @@ async def call_until(until: float, stub, chosen: random.Random, codes: Counter) 
             await asyncio.sleep(0.05)
 
 
-def test_a_server_at_all_its_bounds_stays_within_them(base, store, tmp_path):
+def test_a_server_at_all_its_bounds_stays_within_them(llama_directory, store, tmp_path):
     codes: Counter[grpc.StatusCode] = Counter()
     peaks: list[int] = []
-    with replicas("processes", 1, base, store, tmp_path, **SETTINGS) as [replica]:
+    with replicas("processes", 1, llama_directory, store, tmp_path, **SETTINGS) as [replica]:
         process = psutil.Process(replica._process.pid)
         idle = process.memory_info().rss
 

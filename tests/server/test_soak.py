@@ -33,14 +33,12 @@ def answers(llama, llama_base, tokenizer, tmp_path_factory):
 
 
 @pytest.fixture
-def loaded(llama, tokenizer, tmp_path):
-    llama.save_pretrained(tmp_path / "base")
-    tokenizer.save_pretrained(tmp_path / "base")
+def loaded(llama, llama_directory, tmp_path):
     broken = write_lora(llama, tmp_path / "store" / BROKEN / "1", r=2, target_modules=["q_proj"])
     (broken / "adapter_model.safetensors").write_bytes(b"no such thing")
     return app.load(
         load_settings(
-            base=str(tmp_path / "base"),
+            base=str(llama_directory),
             store=str(tmp_path / "store"),
             kv_cache_bytes="256KiB",  # fewer pages than its callers want,
             page_size=4,

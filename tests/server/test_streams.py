@@ -22,14 +22,6 @@ SIZES = [(200, 16), pytest.param(1000, 48, marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
-def base(llama, tokenizer, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base")
-    llama.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return directory
-
-
-@pytest.fixture(scope="module")
 def alone(llama_base, tokenizer, tmp_path_factory):
     with Running(llama_base, tokenizer, tmp_path_factory.mktemp("store")) as running:
         return [running.generate(prompt, max_new_tokens=48).result().tokens for prompt in PROMPTS]
@@ -147,16 +139,20 @@ def serve(base, store, **options) -> app.Loaded:
 
 
 @pytest.mark.parametrize(("num_streams", "num_tokens"), SIZES)
-def test_streams_that_run_together_go_on_together(base, alone, opened, tmp_path, num_streams, num_tokens):
-    loaded = serve(base, tmp_path, max_batch_size=num_streams, max_batch_tokens=8 * num_streams)
+def test_streams_that_run_together_go_on_together(
+    llama_directory, alone, opened, tmp_path, num_streams, num_tokens
+):
+    loaded = serve(llama_directory, tmp_path, max_batch_size=num_streams, max_batch_tokens=8 * num_streams)
     arrivals, received = asyncio.run(hold(loaded, opened, num_streams, num_tokens))
     assert wrong(received, alone, num_tokens) == []
     assert arrivals.lead(num_streams) <= MAX_LEAD
 
 
 @pytest.mark.parametrize(("num_streams", "num_tokens"), SIZES)
-def test_streams_that_wait_begin_in_their_turn(base, alone, opened, turns, tmp_path, num_streams, num_tokens):
-    loaded = serve(base, tmp_path, max_batch_size=BATCH)
+def test_streams_that_wait_begin_in_their_turn(
+    llama_directory, alone, opened, turns, tmp_path, num_streams, num_tokens
+):
+    loaded = serve(llama_directory, tmp_path, max_batch_size=BATCH)
     _, received = asyncio.run(hold(loaded, opened, num_streams, num_tokens))
     assert len(turns) == num_streams
     late = [abs(place - number) for place, number in enumerate(turns)]
