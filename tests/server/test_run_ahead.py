@@ -73,7 +73,12 @@ def count_choices(running: Running, monkeypatch) -> list[int]:
 def random_requests(seed: int) -> list[tuple[str, dict]]:
     """What to send, as methods of Running with their arguments; most of it greedy."""
     rng = random.Random(seed)
-    requests = []
+    # Together more pages than there are, and no load to wait for: they preempt one another on any machine.
+    long = [
+        {"prompt": random_prompt(40, seed=1000 * number + seed), "max_new_tokens": 60}
+        for number in range(1, 4)
+    ]
+    requests = [("generate", options) for options in long]
     for number in range(24):
         prompt = random_prompt(rng.randint(2, 70), seed=seed * 100 + number)
         adapter = rng.choice(EVERYONE)
