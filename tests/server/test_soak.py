@@ -20,7 +20,7 @@ from support.adapters import write_lora
 from support.serving import serving
 from support.soaking import BROKEN, WRITERS, Soak, answer_alone, documented_errors
 
-SECONDS = 20.0
+SECONDS = 60.0
 LONG_SECONDS = float(os.environ.get("HOTSWAP_SOAK_SECONDS", "600"))
 PAGE = Path(__file__).parents[2] / "docs/operating.md"
 FLAT = 1.03  # of resident memory, after the first fifth of the time

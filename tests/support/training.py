@@ -5,6 +5,15 @@ import time
 from pathlib import Path
 
 
+def as_arguments(options: dict[str, object]) -> list[str]:
+    """Of the `train` command."""
+    arguments: list[str] = []
+    for key, value in options.items():
+        flag = f"--{key.replace('_', '-')}"
+        arguments += [flag] if value is True else [flag, str(value)]
+    return arguments
+
+
 def wait_for_checkpoint(process: subprocess.Popen[str], work_dir: Path, step: int) -> None:
     """Until a complete checkpoint at `step` or later is there."""
     deadline = time.monotonic() + 120

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.training import as_arguments
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -114,10 +115,6 @@ def train_process(tmp_path):
     def start(
         options: dict[str, object], *, launcher: tuple[str, ...] = (), module: str = "hotswap_trainer"
     ) -> subprocess.Popen[str]:
-        arguments = []
-        for key, value in options.items():
-            flag = f"--{key.replace('_', '-')}"
-            arguments += [flag] if value is True else [flag, str(value)]
         packages = [str(REPOSITORY / part) for part in ("proto", "trainer", "tests")]
         environment = {
             **os.environ,
@@ -126,7 +123,7 @@ def train_process(tmp_path):
             "HOTSWAP_CACHE_DIR": str(tmp_path / "cache"),
         }
         process = subprocess.Popen(
-            [sys.executable, "-m", *launcher, module, *arguments],
+            [sys.executable, "-m", *launcher, module, *as_arguments(options)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -6,9 +6,12 @@ import signal
 
 import pytest
 import torch
+import typer
+from hotswap_trainer.cli import train
 from hotswap_trainer.workdir import WorkDir, mark_complete
 from safetensors.torch import load_file
-from support.training import finish, wait_for_checkpoint
+from support.training import as_arguments, finish, wait_for_checkpoint
+from typer.testing import CliRunner
 
 
 def weights(store):
@@ -18,14 +21,30 @@ def weights(store):
 @pytest.fixture
 def long_flags(flags):
     """Long enough to be killed in the middle, of an epoch too; dropout needs the random state restored."""
-    return {**flags, "max_steps": 120, "save_every": 4, "dropout": 0.2, "device": "cpu"}
+    return {**flags, "max_steps": 60, "save_every": 4, "dropout": 0.2, "device": "cpu"}
+
+
+@pytest.fixture
+def train_here(monkeypatch, tmp_path):
+    """Call the command in this process."""
+    monkeypatch.setenv("HOTSWAP_CACHE_DIR", str(tmp_path / "cache"))
+    app = typer.Typer()
+    app.command()(train)
+    return lambda options: CliRunner().invoke(app, as_arguments(options))
+
+
+def assert_one_line(exit_code: int, output: str, message: str) -> None:
+    assert exit_code == 2
+    (line,) = output.strip().splitlines()
+    assert line.startswith("error: ")
+    assert message in line
 
 
 def test_a_killed_run_goes_on_and_ends_as_if_never_killed(train_process, long_flags, tmp_path):
-    whole = {**long_flags, "output": tmp_path / "whole"}
+    whole = {**long_flags, "output": tmp_path / "whole", "work_dir": tmp_path / "whole-work"}
     undisturbed = train_process(whole)
     process = train_process(long_flags)
-    wait_for_checkpoint(process, long_flags["work_dir"], 40)
+    wait_for_checkpoint(process, long_flags["work_dir"], 20)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert not long_flags["output"].exists()
@@ -59,16 +78,17 @@ def test_an_interrupted_run_says_how_to_go_on(train_process, long_flags):
         ({"method": "magic"}, "--method: must be one of bottleneck, full"),
         ({"data": "missing.jsonl"}, "cannot read the data file missing.jsonl: No such file"),
         ({"output": "/proc/store"}, "--output: /proc/store cannot be written"),
-        ({"target-modules": "nope"}, "nope matches no layer"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(train_process, flags, options, message):
-    process = train_process({**flags, **options})
+def test_bad_input_is_one_line_and_exit_code_2(train_here, flags, options, message):
+    result = train_here({**flags, **options})
+    assert_one_line(result.exit_code, result.output, message)
+
+
+def test_a_process_given_bad_input_says_one_line_too(train_process, flags):
+    process = train_process({**flags, "target-modules": "nope"})
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 2
-    (line,) = output.strip().splitlines()
-    assert line.startswith("error: ")
-    assert message in line
+    assert_one_line(process.returncode, output, "nope matches no layer")
 
 
 def test_a_half_written_checkpoint_is_not_resumed(tmp_path):
