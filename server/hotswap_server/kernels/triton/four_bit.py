@@ -73,7 +73,6 @@ def _four_bit_kernel(
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     ASM: tl.constexpr,
-    NARROW: tl.constexpr,
     MEMBERS: tl.constexpr,
     MAX_RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -82,10 +81,11 @@ def _four_bit_kernel(
     EARLY: tl.constexpr,
 ):
     start_next(EARLY)
+    TILES: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
     pid = tl.program_id(0)
-    if pid < NARROW:
+    if pid >= TILES * SPLITS:  # last, as in `linear`
         narrow(
-            pid,
+            pid - TILES * SPLITS,
             x,
             x_stride,
             tiles,
@@ -102,8 +102,8 @@ def _four_bit_kernel(
             PART,
         )
     else:
-        split = (pid - NARROW) % SPLITS
-        tile = (pid - NARROW) // SPLITS
+        split = pid % SPLITS
+        tile = pid // SPLITS
         n = tile * COLUMNS + tl.arange(0, COLUMNS)
         rows = tl.arange(0, ROWS)
         WHOLE: tl.constexpr = OUT % COLUMNS == 0
@@ -274,7 +274,6 @@ def four_bit_linear(
         STAGES=cut.stages,
         PRECISION="ieee" if exact else "tf32",
         ASM=asm,
-        NARROW=programs,
         MEMBERS=members,
         MAX_RANK=max_rank,
         RANKS=RANKS,

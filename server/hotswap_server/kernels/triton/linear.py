@@ -1,7 +1,7 @@
 """Linear layers of a few tokens, bound by reading the weights, with the narrow halves of their LoRAs beside.
 
-The first programs of a launch compute x A^T of the rows' adapters, all others blocks of the layer's outputs.
-So the narrow halves, which would fill no GPU by themselves, cost what reading their weights does.
+The first programs of a launch compute blocks of the layer's outputs, all others x A^T of the rows' adapters:
+small ones, which go where the large ones leave room and would fill no GPU by themselves.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ def _linear_kernel(
     STEP: tl.constexpr,
     SWAP: tl.constexpr,
     PRECISION: tl.constexpr,
-    NARROW: tl.constexpr,
     MEMBERS: tl.constexpr,
     MAX_RANK: tl.constexpr,
     RANKS: tl.constexpr,
@@ -48,10 +47,11 @@ def _linear_kernel(
     EARLY: tl.constexpr,
 ):
     start_next(EARLY)
+    BLOCKS: tl.constexpr = (OUT + COLUMNS - 1) // COLUMNS
     pid = tl.program_id(0)
-    if pid < NARROW:
+    if pid >= BLOCKS:
         narrow(
-            pid,
+            pid - BLOCKS,
             x,
             x_stride,
             tiles,
@@ -68,7 +68,7 @@ def _linear_kernel(
             PART,
         )
     else:
-        n = (pid - NARROW) * COLUMNS + tl.arange(0, COLUMNS)
+        n = pid * COLUMNS + tl.arange(0, COLUMNS)
         rows = tl.arange(0, ROWS)
         k = tl.arange(0, STEP)
         w_rows = weight + n[:, None].to(tl.int64) * IN + k[None, :]
@@ -110,11 +110,16 @@ class Tiling:
     swap: bool
 
 
-def tiling(out_features: int) -> Tiling:
-    """Found by timing on an H100 with the shapes of Llama-3.1-8B; see docs/notebook.md."""
+def tiling(out_features: int, *, beside: bool = False) -> Tiling:
+    """Found by timing on Hopper with the shapes of Llama-3.1-8B; see docs/notebook.md.
+
+    `beside` says that narrow halves go beside, for which two programs must fit on a multiprocessor.
+    """
     if out_features <= 5120:  # or there would be fewer programs than multiprocessors by far
         return Tiling(32, 256, 4, 4, False)
-    return Tiling(64, 128, 4, 5, True) if out_features <= 16384 else Tiling(128, 128, 8, 4, True)
+    if out_features <= 16384:
+        return Tiling(64, 128, 4, 4 if beside else 5, True)
+    return Tiling(128, 128, 8, 4, True)
 
 
 def linear(
@@ -133,7 +138,7 @@ def linear(
     tokens, in_features = x.shape
     out_features = weight.shape[0]
     exact = x.dtype == torch.float32
-    cut = cut or (Tiling(32, 64, 4, 3, False) if exact else tiling(out_features))
+    cut = cut or (Tiling(32, 64, 4, 3, False) if exact else tiling(out_features, beside=bank is not None))
     out = torch.empty(tokens, out_features, dtype=x.dtype, device=x.device)
     hidden = out if bank is None else new_hidden(bank, tokens)
     members, parts, max_rank = (1, 1, 1) if bank is None else hidden.shape[1:]
@@ -159,7 +164,6 @@ def linear(
         STEP=cut.step,
         SWAP=cut.swap,
         PRECISION="ieee" if exact else "tf32",
-        NARROW=programs,
         MEMBERS=members,
         MAX_RANK=max_rank,
         RANKS=RANKS,

@@ -1,7 +1,6 @@
 """LoRA and bottleneck adapters of a few tokens: bound by reading the weights, once for a tile of tokens.
 
-A narrow product is cut over its input into parts, which are summed where they are read. To wait for memory as
-few times as possible, the first ranks are read before it is known how many there are.
+A narrow product is cut over its input into parts, which are summed where they are read.
 """
 
 from __future__ import annotations
@@ -16,9 +15,19 @@ from hotswap_server.kernels.triton.early import early, start_next, wait_for_prev
 
 MAX_TOKENS = 64
 RANKS = 16  # of a narrow product that one program computes
-LORA_PART, BOTTLENECK_PART = 1024, 256  # inputs that it goes through
+LORA_PART, BOTTLENECK_PART = 1024, 512  # inputs that it goes through
 _SIZES = 64  # rows of an up-projection at a time
-NARROW_WARPS, WIDE_WARPS, DOWN_WARPS, UP_BLOCK = 2, 1, 2, 128
+NARROW_WARPS, WIDE_WARPS, DOWN_WARPS, UP_WARPS, UP_BLOCK = 2, 1, 4, 2, 64
+
+
+@triton.jit
+def _tile(tiles, tile, tile_stride, field_stride):
+    """First token, number of tokens, and slot."""
+    at = tiles + tile * tile_stride
+    start = tl.load(at).to(tl.int64)
+    count = tl.load(at + field_stride).to(tl.int32)
+    slot = tl.load(at + 2 * field_stride).to(tl.int64)
+    return start, count, slot
 
 
 @triton.jit
@@ -45,19 +54,20 @@ def narrow(
     first_rank = pid // PARTS % RANK_BLOCKS * RANKS
     member = pid // (PARTS * RANK_BLOCKS) % MEMBERS
     tile = pid // (PARTS * RANK_BLOCKS * MEMBERS)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride).to(tl.int32)
+    start, count, slot = _tile(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         rank = tl.load(ranks + slot * MEMBERS + member)
-        if (first_rank == 0) | (first_rank < rank):
+        if first_rank < rank:
             r = first_rank + tl.arange(0, RANKS)
             k = part * PART + tl.arange(0, PART)
             rows = a + ((slot * MEMBERS + member) * MAX_RANK + r)[:, None] * IN
-            inside = (r < MAX_RANK)[:, None] & (k < IN)[None, :]
+            inside = (r < rank)[:, None] & (k < IN)[None, :]
             weights = tl.load(rows + k[None, :], mask=inside, other=0.0).to(tl.float32)
+            later = tl.load(x + start * x_stride + k, mask=k < IN, other=0.0)
             for token in range(start, start + count):
-                given = tl.load(x + token * x_stride + k, mask=k < IN, other=0.0).to(tl.float32)
+                given = later.to(tl.float32)
+                more = token + 1 < start + count  # is on its way while this one is computed
+                later = tl.load(x + (token + 1) * x_stride + k, mask=(k < IN) & more, other=0.0)
                 there = ((token * MEMBERS + member) * PARTS + part) * MAX_RANK + r
                 tl.store(hidden + there, tl.sum(weights * given[None, :], 1), mask=r < rank)
 
@@ -99,11 +109,11 @@ def _narrow_kernel(
 
 
 @triton.jit
-def _low(hidden, at, r, size, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, WIDTH: tl.constexpr):
-    """The sum of the parts of a narrow product's entries `r`, zero from `size` on."""
+def _parts(hidden, at, r, size, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """The parts of a narrow product's entries `r`, [parts, entries], zero from `size` on."""
     part = tl.arange(0, PARTS_PAD)
     inside = (part < PARTS)[:, None] & (r < size)[None, :]
-    return tl.sum(tl.load(hidden + at + part[:, None] * WIDTH + r[None, :], mask=inside, other=0.0), 0)
+    return tl.load(hidden + at + part[:, None] * WIDTH + r[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -132,22 +142,30 @@ def _wide_member(
     n = block * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RANKS)
     rows = b + slot * MAX_RANK * WIDTH + n[None, :]
-    inside = (r < MAX_RANK)[:, None] & (n < WIDTH)[None, :]
+    inside = (r < rank)[:, None] & (n < WIDTH)[None, :]
     weights = tl.load(rows + r[:, None] * WIDTH, mask=inside, other=0.0)
     wait_for_previous(EARLY)
+    STRIDE: tl.constexpr = MEMBERS * PARTS * MAX_RANK
+    first_at = MEMBER * PARTS * MAX_RANK
+    columns = out + OFFSET + n
+    later = tl.load(columns + start * out_stride, mask=n < WIDTH, other=0.0)
+    later_parts = _parts(hidden, first_at + start * STRIDE, r, rank, PARTS, PARTS_PAD, MAX_RANK)
     for token in range(start, start + count):
-        own = out + token * out_stride + OFFSET + n
-        at = (token * MEMBERS + MEMBER) * PARTS * MAX_RANK
-        result = tl.load(own, mask=n < WIDTH, other=0.0).to(tl.float32)
+        own = columns + token * out_stride
+        at = first_at + token * STRIDE
+        result = later.to(tl.float32)
         # Rounded between its halves, as PEFT's is.
-        low = _low(hidden, at, r, rank, PARTS, PARTS_PAD, MAX_RANK).to(weights.dtype).to(tl.float32)
-        product = tl.where((r < rank)[:, None], weights.to(tl.float32) * low[:, None], 0.0)
-        result += tl.sum(product, 0)
+        low = tl.sum(later_parts, 0).to(weights.dtype).to(tl.float32)
+        more = token + 1 < start + count  # is on its way while this one is computed
+        later = tl.load(own + out_stride, mask=(n < WIDTH) & more, other=0.0)
+        later_parts = _parts(hidden, at + STRIDE, r, tl.where(more, rank, 0), PARTS, PARTS_PAD, MAX_RANK)
+        result += tl.sum(weights.to(tl.float32) * low[:, None], 0)
         for first in range(RANKS, rank, RANKS):
-            more = first + r
-            there = (more < rank)[:, None] & (n < WIDTH)[None, :]
-            others = tl.load(rows + more[:, None] * WIDTH, mask=there, other=0.0)
-            low = _low(hidden, at, more, rank, PARTS, PARTS_PAD, MAX_RANK).to(weights.dtype).to(tl.float32)
+            others_r = first + r
+            there = (others_r < rank)[:, None] & (n < WIDTH)[None, :]
+            others = tl.load(rows + others_r[:, None] * WIDTH, mask=there, other=0.0)
+            parts = _parts(hidden, at, others_r, rank, PARTS, PARTS_PAD, MAX_RANK)
+            low = tl.sum(parts, 0).to(weights.dtype).to(tl.float32)
             result += tl.sum(others.to(tl.float32) * low[:, None], 0)
         tl.store(own, result.to(out.dtype.element_ty), mask=(n < WIDTH) & (rank > 0))
 
@@ -173,12 +191,11 @@ def _wide_kernel(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    start_next(EARLY)
     tile = tl.program_id(0)
     block = tl.program_id(1)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride).to(tl.int32)
+    start, count, slot = _tile(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         for member in tl.static_range(MEMBERS):
             if (block >= FIRST_BLOCKS[member]) & (block < FIRST_BLOCKS[member + 1]):
                 _wide_member(
@@ -230,10 +247,8 @@ def _down_kernel(
     tile = tl.program_id(0)
     first = tl.program_id(1) * RANKS
     part = tl.program_id(2)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride).to(tl.int32)
+    start, count, slot = _tile(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         size = tl.load(sizes + slot)
         if (first == 0) | (first < size):
             layout = tl.load(layouts + slot)
@@ -243,11 +258,17 @@ def _down_kernel(
             rows = down + (slot * MAX_SIZE + r)[:, None] * WIDTH
             weights = tl.load(rows + k[None, :], mask=inside, other=0.0).to(tl.float32)
             wait_for_previous(EARLY)
+            # Layouts: 0 reads x, 1 both, 2 the residual stream.
+            reads_x, reads_stream = (k < WIDTH) & (layout < 2), (k < WIDTH) & (layout > 0)
+            own = tl.load(x + start * x_stride + k, mask=reads_x, other=0.0)
+            passing = tl.load(stream + start * stream_stride + k, mask=reads_stream, other=0.0)
             for token in range(start, start + count):
-                own = tl.load(x + token * x_stride + k, mask=k < WIDTH, other=0.0).to(tl.float32)
-                passing = tl.load(stream + token * stream_stride + k, mask=k < WIDTH, other=0.0)
-                # Layouts: 0 reads x, 1 both, 2 the residual stream.
-                given = tl.where(layout < 2, own, 0.0) + tl.where(layout > 0, passing.to(tl.float32), 0.0)
+                given = own.to(tl.float32) + passing.to(tl.float32)
+                more = token + 1 < start + count  # is on its way while this one is computed
+                own = tl.load(x + (token + 1) * x_stride + k, mask=reads_x & more, other=0.0)
+                passing = tl.load(
+                    stream + (token + 1) * stream_stride + k, mask=reads_stream & more, other=0.0
+                )
                 sums = tl.sum(weights * given[None, :], 1)
                 tl.store(hidden + (token * PARTS + part) * MAX_SIZE + r, sums, mask=r < size)
         else:
@@ -279,10 +300,8 @@ def _up_kernel(
     EARLY: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride).to(tl.int32)
+    start, count, slot = _tile(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         size = tl.load(sizes + slot)
         activation = tl.load(activations + slot)
         residual = tl.load(residuals + slot)
@@ -295,21 +314,26 @@ def _up_kernel(
         weights = tl.load(rows + r[:, None] * WIDTH, mask=inside, other=0.0)
         bias = tl.load(biases + r, mask=r < size, other=0.0).to(tl.float32)
         wait_for_previous(EARLY)
+        later = tl.load(x + start * x_stride + n, mask=n < WIDTH, other=0.0)
+        later_parts = _parts(hidden, start * PARTS * MAX_SIZE, r, size, PARTS, PARTS_PAD, MAX_SIZE)
         for token in range(start, start + count):
             own = x + token * x_stride + n
             at = token * PARTS * MAX_SIZE
-            given = tl.load(own, mask=n < WIDTH, other=0.0).to(tl.float32)
-            low = _low(hidden, at, r, size, PARTS, PARTS_PAD, MAX_SIZE)
-            low = activate(low + bias, activation).to(weights.dtype).to(tl.float32)
+            given = later.to(tl.float32)
+            low = activate(tl.sum(later_parts, 0) + bias, activation).to(weights.dtype).to(tl.float32)
+            more = token + 1 < start + count  # is on its way while this one is computed
+            later = tl.load(own + x_stride, mask=(n < WIDTH) & more, other=0.0)
+            size_then = tl.where(more, size, 0)
+            later_parts = _parts(hidden, at + PARTS * MAX_SIZE, r, size_then, PARTS, PARTS_PAD, MAX_SIZE)
             product = tl.where((r < size)[:, None], weights.to(tl.float32) * low[:, None], 0.0)
             result = tl.where(residual != 0, given, 0.0) + shift + tl.sum(product, 0)
             for first in range(SIZES, size, SIZES):
-                more = first + r
-                there = (more < size)[:, None] & (n < WIDTH)[None, :]
-                others = tl.load(rows + more[:, None] * WIDTH, mask=there, other=0.0)
-                own_bias = tl.load(biases + more, mask=more < size, other=0.0).to(tl.float32)
-                low = _low(hidden, at, more, size, PARTS, PARTS_PAD, MAX_SIZE)
-                low = activate(low + own_bias, activation).to(weights.dtype).to(tl.float32)
+                others_r = first + r
+                there = (others_r < size)[:, None] & (n < WIDTH)[None, :]
+                others = tl.load(rows + others_r[:, None] * WIDTH, mask=there, other=0.0)
+                own_bias = tl.load(biases + others_r, mask=others_r < size, other=0.0).to(tl.float32)
+                parts = _parts(hidden, at, others_r, size, PARTS, PARTS_PAD, MAX_SIZE)
+                low = activate(tl.sum(parts, 0) + own_bias, activation).to(weights.dtype).to(tl.float32)
                 result += tl.sum(others.to(tl.float32) * low[:, None], 0)
             tl.store(own, result.to(x.dtype.element_ty), mask=(n < WIDTH) & (size > 0))
     else:
@@ -410,8 +434,7 @@ def bottleneck_rows(
         num_warps=DOWN_WARPS,
         **early(x),
     )
-    block = 64 if tiles.shape[0] <= 4 else UP_BLOCK
-    _up_kernel[(tiles.shape[0], triton.cdiv(width, block))](
+    _up_kernel[(tiles.shape[0], triton.cdiv(width, UP_BLOCK))](
         hidden,
         tiles,
         tiles.stride(0),
@@ -429,7 +452,7 @@ def bottleneck_rows(
         SIZES=_SIZES,
         PARTS=parts,
         PARTS_PAD=triton.next_power_of_2(parts),
-        BLOCK=block,
-        num_warps=4,
+        BLOCK=UP_BLOCK,
+        num_warps=UP_WARPS,
         **early(x),
     )
