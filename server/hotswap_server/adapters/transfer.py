@@ -34,7 +34,8 @@ def beside_steps(device: torch.device) -> Iterator[None]:
     with _lock:
         stream = _streams.get(device)
         if stream is None:
-            stream = _streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            # Before the steps' kernels: those of a copy are few and short, and a request waits for it.
+            stream = _streams[device] = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         yield
         stream.synchronize()
