@@ -189,7 +189,8 @@ def _draw_pareto(
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if axes.get_ylim()[1] > 0.1 else 1))
     if shares:
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        left, right = axes.get_xlim()
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0 if right - left > 0.06 else 1))
     if logarithmic:
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_minor_formatter(NullFormatter())
