@@ -25,7 +25,7 @@ from hotswap_server.kernels.triton.four_bit import (
     lookup,
     unpack,
 )
-from hotswap_server.kernels.triton.rows import expand_rows
+from hotswap_server.kernels.triton.lora_rows import expand_rows
 from support.models import FAMILIES, tiny_model
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}

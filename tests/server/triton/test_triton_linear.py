@@ -11,7 +11,7 @@ from hotswap_server.kernels import GroupedLora
 from hotswap_server.kernels.interface import slot_tiles
 from hotswap_server.kernels.reference import ReferenceKernels
 from hotswap_server.kernels.triton.linear import Tiling, linear
-from hotswap_server.kernels.triton.rows import expand_rows
+from hotswap_server.kernels.triton.lora_rows import expand_rows
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2}
 CPU = torch.device("cpu")

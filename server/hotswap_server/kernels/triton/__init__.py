@@ -22,10 +22,13 @@ from hotswap_server.kernels.interface import (
 )
 from hotswap_server.kernels.reference import ReferenceKernels
 from hotswap_server.kernels.triton.attention import attend_prompts, attend_tokens, write_cache
+from hotswap_server.kernels.triton.bottleneck_rows import bottleneck_rows
+from hotswap_server.kernels.triton.bottleneck_tiles import bottleneck
 from hotswap_server.kernels.triton.four_bit import MIN_CHUNK, four_bit_linear, unpack
 from hotswap_server.kernels.triton.linear import linear
-from hotswap_server.kernels.triton.lowrank import bottleneck, expand, shrink
-from hotswap_server.kernels.triton.rows import MAX_TOKENS, bottleneck_rows, expand_rows, shrink_rows
+from hotswap_server.kernels.triton.lora_rows import expand_rows, shrink_rows
+from hotswap_server.kernels.triton.lora_tiles import expand, shrink
+from hotswap_server.kernels.triton.row_tiles import MAX_TOKENS
 
 _FOUR_BIT_PARTS = 2
 """As many times our kernel reads a weight in 4 bits before it pays to unpack it."""

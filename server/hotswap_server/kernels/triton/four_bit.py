@@ -16,7 +16,8 @@ import triton.language as tl
 
 from hotswap_server.kernels.interface import FourBitWeight, GroupedLora
 from hotswap_server.kernels.triton.early import early, start_next
-from hotswap_server.kernels.triton.rows import LORA_PART, RANKS, narrow, new_hidden
+from hotswap_server.kernels.triton.lora_rows import PART, narrow, new_hidden
+from hotswap_server.kernels.triton.row_tiles import RANKS
 
 MIN_CHUNK = 32  # inputs of one scale, below which a product in halves is too narrow for the tensor cores
 _UNPACK_ROWS, _UNPACK_COLUMNS = 16, 512
@@ -278,7 +279,7 @@ def four_bit_linear(
         MAX_RANK=max_rank,
         RANKS=RANKS,
         PARTS=parts,
-        PART=LORA_PART,
+        PART=PART,
         EARLY=early(x)["EARLY"],
         num_warps=cut.warps,
     )

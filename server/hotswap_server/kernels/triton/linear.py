@@ -14,7 +14,8 @@ import triton.language as tl
 
 from hotswap_server.kernels.interface import GroupedLora
 from hotswap_server.kernels.triton.early import early, start_next
-from hotswap_server.kernels.triton.rows import LORA_PART, RANKS, narrow, new_hidden
+from hotswap_server.kernels.triton.lora_rows import PART, narrow, new_hidden
+from hotswap_server.kernels.triton.row_tiles import RANKS
 
 
 @triton.jit
@@ -168,7 +169,7 @@ def linear(
         MAX_RANK=max_rank,
         RANKS=RANKS,
         PARTS=parts,
-        PART=LORA_PART,
+        PART=PART,
         EARLY=early(x)["EARLY"],
         num_warps=cut.warps,
         num_stages=cut.stages,

@@ -1,0 +1,32 @@
+"""What adapters of a few tokens share: tiles of tokens of one slot, and sums in parts."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+MAX_TOKENS = 64
+RANKS = 16  # of a narrow product that one program computes
+
+
+@triton.jit
+def tile_at(tiles, tile, tile_stride, field_stride):
+    """First token, number of tokens, and slot."""
+    at = tiles + tile * tile_stride
+    start = tl.load(at).to(tl.int64)
+    count = tl.load(at + field_stride).to(tl.int32)
+    slot = tl.load(at + 2 * field_stride).to(tl.int64)
+    return start, count, slot
+
+
+@triton.jit
+def parts_at(hidden, at, r, size, PARTS: tl.constexpr, PARTS_PAD: tl.constexpr, WIDTH: tl.constexpr):
+    """The parts of a narrow product's entries `r`, [parts, entries], zero from `size` on."""
+    part = tl.arange(0, PARTS_PAD)
+    inside = (part < PARTS)[:, None] & (r < size)[None, :]
+    return tl.load(hidden + at + part[:, None] * WIDTH + r[None, :], mask=inside, other=0.0)
+
+
+def parts_of(width: int, part: int) -> int:
+    """Parts that an input of `width` is cut into."""
+    return -(-width // part)
