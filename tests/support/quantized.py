@@ -35,6 +35,17 @@ def quantize(
     return model.eval()
 
 
+def unpacked(packed: torch.Tensor, state: bitsandbytes.functional.QuantState) -> torch.Tensor:
+    """The weight by its definition, in float32: blocks follow one another whatever the rows."""
+    scales = state.absmax
+    if state.nested:
+        scales = bitsandbytes.functional.dequantize_blockwise(scales, state.state2) + state.offset
+    packed = packed.flatten()
+    codes = torch.stack((packed >> 4, packed & 15), dim=1).flatten().int()
+    values = state.code[codes] * scales.repeat_interleave(state.blocksize)[: len(codes)]
+    return values.view(state.shape)
+
+
 class QuantizedOracle(Oracle):
     """PEFT over such a model. In 8 bits bitsandbytes multiplies inputs as they are, as in training on a CPU:
     in inference it rounds them to 8 bits too, by rules that look at the whole batch."""

@@ -6,11 +6,14 @@ import json
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear4bit
 from hotswap_trainer.config import configure
 from hotswap_trainer.errors import OptionError
+from hotswap_trainer.methods.qlora import METHOD
 from hotswap_trainer.run import train
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.quantized import unpacked
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 METHODS = {
@@ -81,9 +84,6 @@ def test_a_qlora_is_an_ordinary_lora(method_flags, flags):
 
 
 def test_qlora_holds_the_base_in_4_bits(method_flags, tiny_base):
-    from bitsandbytes.nn import Linear4bit
-    from hotswap_trainer.methods.qlora import METHOD
-
     run = configure(method_flags("qlora"))
     arguments = METHOD.base_arguments(run.method_options, torch.float32)
     model = METHOD.attach(AutoModelForCausalLM.from_pretrained(tiny_base, **arguments), run.method_options)
@@ -94,6 +94,23 @@ def test_qlora_holds_the_base_in_4_bits(method_flags, tiny_base):
     assert {name.rpartition("lora_")[1] for name, p in model.named_parameters() if p.requires_grad} == {
         "lora_"
     }
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_qlora_computes_with_what_was_quantised(method_flags, tiny_base, quant_type):
+    """On every processor, in training and after an evaluation, and where rows end in the midst of a block."""
+    run = configure(method_flags("qlora", quant_type=quant_type))
+    arguments = METHOD.base_arguments(run.method_options, torch.float32)
+    model = METHOD.attach(AutoModelForCausalLM.from_pretrained(tiny_base, **arguments), run.method_options)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert any(layer.in_features % layer.weight.quant_state.blocksize for layer in layers)
+    expected = [unpacked(layer.weight.data, layer.weight.quant_state) for layer in layers]
+    for training in (True, False, True):
+        for layer, weight in zip(layers, expected, strict=True):
+            layer.train(training)
+            x = torch.randn(3, layer.in_features)
+            torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, weight), atol=1e-5, rtol=1e-5)
 
 
 def test_a_prefix_has_the_shape_of_grouped_query_attention(method_flags):

@@ -33,14 +33,22 @@ class FourBitProjection:
         self.state = copy.copy(state)
         self.state.dtype = dtype
         self.bias = bias
+        # On a CPU with AVX-512 bitsandbytes takes every row to begin with a block.
+        self._ragged = packed.device.type == "cpu" and state.shape[-1] % state.blocksize != 0
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self._ragged:
+            return F.linear(x, self.weight(), self.bias)
         out: torch.Tensor = matmul_4bit(x, self.packed, self.state, bias=self.bias)
         return out
 
     def weight(self) -> torch.Tensor:
-        weight: torch.Tensor = dequantize_4bit(self.packed, self.state)
-        return weight
+        state = self.state
+        if self._ragged:
+            state = copy.copy(state)
+            state.shape = torch.Size((1, self.state.shape.numel()))
+        weight: torch.Tensor = dequantize_4bit(self.packed, state)
+        return weight.view(self.state.shape)
 
     def resolved(self) -> FourBitWeight:
         """The same weight for fused kernels: its bytes shared, its scales in float32."""

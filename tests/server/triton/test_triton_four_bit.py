@@ -27,6 +27,7 @@ from hotswap_server.kernels.triton.four_bit import (
 )
 from hotswap_server.kernels.triton.lora_rows import expand_rows
 from support.models import FAMILIES, tiny_model
+from support.quantized import unpacked
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 1.5e-2, torch.float16: 2e-3}
 CPU = torch.device("cpu")
@@ -169,7 +170,7 @@ def test_the_groups_of_a_base(device):
             others.remove(f"{name}.weight")
             weight = plain[f"{name}.weight"].data
             packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
-            assert torch.equal(group.weight_of(name), functional.dequantize_4bit(packed, state))
+            assert torch.equal(group.weight_of(name), unpacked(packed, state))
     taken = sum(group.projection.nbytes for group in base.projections)
     assert base.weight_bytes == taken + sum(plain[name].nbytes for name in others)
     group = base.projections[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from hotswap_trainer.errors import OptionError
@@ -56,11 +58,41 @@ class QLora(LoraMethod[QLoraOptions]):
 
         if not getattr(model, "is_loaded_in_4bit", False):
             raise OptionError("--method: qlora needs a base that bitsandbytes can hold in 4 bits")
+        _compute_as_trained(model)
         # The run itself turns gradient checkpointing on.
         prepared = prepare_model_for_kbit_training(  # type: ignore[no-untyped-call]
             model, use_gradient_checkpointing=False
         )
         return super().attach(prepared, options)
+
+
+def _compute_as_trained(model: PreTrainedModel) -> None:
+    """Keep bitsandbytes from what it does on CPUs with AVX-512 alone.
+
+    To evaluate in bfloat16 it repacks weights, in a form that does not fit every layer and that training goes
+    on in. And it takes rows to begin with a block, so that others are unpacked to something else.
+    """
+    from bitsandbytes.nn import Linear4bit  # type: ignore[attr-defined]
+
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    for module in layers:
+        if module.weight.device.type == "cpu":
+            module.support_avx512bf16_for_cpu = False
+            if module.in_features % module.weight.quant_state.blocksize:
+                module.forward = partial(_forward, module)
+
+
+def _forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What `layer` computes, its weight unpacked as one row."""
+    import torch.nn.functional as F
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = copy(layer.weight.quant_state)
+    shape, state.shape = state.shape, (1, state.shape.numel())
+    weight = dequantize_4bit(layer.weight.data, state).view(shape)
+    dtype = layer.compute_dtype or x.dtype
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    return F.linear(x.to(dtype), weight.to(dtype), bias).to(x.dtype)
 
 
 METHOD = QLora()
