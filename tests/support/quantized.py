@@ -30,9 +30,17 @@ def quantize(
     model.set_attn_implementation("eager")
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
-            # A CPU with bfloat16 units would compute float32 products in bfloat16.
+            # Else a CPU with bfloat16 units computes float32 products in bfloat16, and one with AVX-512
+            # unpacks rows that do not begin with a block to something else.
             module.support_avx512bf16_for_cpu = False
+            if module.in_features % module.weight.quant_state.blocksize:
+                module.forward = partial(_by_definition, module)
     return model.eval()
+
+
+def _by_definition(linear: bitsandbytes.nn.Linear4bit, x: torch.Tensor) -> torch.Tensor:
+    weight = unpacked(linear.weight.data, linear.weight.quant_state).to(x.dtype)
+    return nn.functional.linear(x, weight, linear.bias)
 
 
 def unpacked(packed: torch.Tensor, state: bitsandbytes.functional.QuantState) -> torch.Tensor:
