@@ -29,9 +29,9 @@ def test_every_method_and_all_of_them_are_compared_with_the_base(tiny_base, toke
     finally:
         side.close()
     assert list(used.values()) == ["lora", "lora", "bottleneck", "prefix", "ia3"]
-    assert [entry["adapters"] for entry in figures] == [0, 2, 2, 1, 1, 2, 2, 2, 5]
+    assert [entry["adapters"] for entry in figures] == [0, 2, 2, 1, 1, 2, 1, 2, 2, 5]
     assert [case.name for case in cases if case.merged] == ["LoRA r=4 on all linears, merged"]
-    warm_up, one_round = [False] * 9, [False] * 17
+    warm_up, one_round = [False] * 10, [False] * 19
     warm_up[4] = one_round[7] = True
     assert [name == "mix/lora-all-0" for name in merged] == warm_up + 2 * one_round
     assert figures[0]["of_base"] == 1.0

@@ -38,12 +38,12 @@ class MixCase:
 
 def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, rank: int) -> list[MixCase]:
     """Random adapters of every method in `store`, and the cases that use them: the base alone, each method
-    with `adapters` distinct ones, one LoRA for all, batched and merged, and all in turn."""
-    every_linear = f"LoRA r={rank} on all linears"
+    with `adapters` distinct ones, one LoRA or bottleneck for all, that LoRA merged, and all in turn."""
+    every_linear, bottleneck = f"LoRA r={rank} on all linears", f"bottleneck-{BOTTLENECK_SIZE}"
     kinds: dict[str, tuple[str, Callable[[], Content]]] = {
         f"LoRA r={rank} on q,v": ("lora-qv", lambda: synthetic.lora(base, rank, QUERY_VALUE)),
         every_linear: ("lora-all", lambda: synthetic.lora(base, rank, ALL_LINEAR)),
-        f"bottleneck-{BOTTLENECK_SIZE}": ("bottleneck", lambda: synthetic.bottleneck(base, BOTTLENECK_SIZE)),
+        bottleneck: ("bottleneck", lambda: synthetic.bottleneck(base, BOTTLENECK_SIZE)),
         f"prefix-{PREFIX_TOKENS}": ("prefix", lambda: synthetic.prefix(base, PREFIX_TOKENS)),
         "IA³ on k,v,down": ("ia3", lambda: synthetic.ia3(base)),
     }
@@ -53,8 +53,9 @@ def write_mix(base: BaseModel, store: Path, *, requests: int, adapters: int, ran
         for adapter in names:
             save_adapter(store / adapter, *make())
         cases.append(MixCase(title, requests, names))
-        if title == every_linear:
+        if title in (every_linear, bottleneck):
             cases.append(MixCase(f"{title}, one for all", requests, names[:1]))
+        if title == every_linear:
             cases.append(MixCase(f"{title}, merged", requests, names[:1], merged=True))
     one_each = tuple(dict.fromkeys(case.names[0] for case in cases))
     cases.append(MixCase("all of them", requests, one_each))
