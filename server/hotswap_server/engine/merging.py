@@ -183,7 +183,7 @@ class _Subtracted:
     def apply(self, x: torch.Tensor, out: torch.Tensor, slots: TokenSlots) -> None:
         """The same for rows that `slots` tells."""
         if self._tables is not None:
-            factors, summands = (table[slots.index.long()] for table in self._tables)
+            factors, summands = map(slots.rows_of, self._tables)
             out.copy_(torch.addcmul(summands, out.float(), factors))
         self._state.kernels.lora(x, self._bank, slots, out)
 

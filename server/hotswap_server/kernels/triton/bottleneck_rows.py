@@ -12,7 +12,8 @@ import triton.language as tl
 from hotswap_server.kernels.interface import BottleneckTable
 from hotswap_server.kernels.triton.activations import activate
 from hotswap_server.kernels.triton.early import early, start_next, wait_for_previous
-from hotswap_server.kernels.triton.row_tiles import RANKS, parts_at, parts_of, tile_at
+from hotswap_server.kernels.triton.row_tiles import RANKS, parts_at, parts_of
+from hotswap_server.kernels.triton.token_tiles import tile_at
 
 _PART = 512  # inputs that a program of the down-projection goes through
 _DOWN_WARPS = 4

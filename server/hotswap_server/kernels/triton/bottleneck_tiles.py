@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hotswap_server.kernels.interface import BottleneckTable
 from hotswap_server.kernels.triton.activations import activate
-from hotswap_server.kernels.triton.token_tiles import RANKS, precision, splits_of
+from hotswap_server.kernels.triton.token_tiles import RANKS, precision, splits_of, tile_at
 
 
 @triton.jit
@@ -36,10 +36,8 @@ def _down_kernel(
     tile = tl.program_id(0)
     first_rank = tl.program_id(1) * RANKS
     split = tl.program_id(2)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride)
+    start, count, slot = tile_at(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         size = tl.load(sizes + slot)
         if first_rank < size:
             layout = tl.load(layouts + slot)
@@ -92,10 +90,8 @@ def _up_kernel(
     PRECISION: tl.constexpr,
 ):
     tile = tl.program_id(0)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride)
+    start, count, slot = tile_at(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         size = tl.load(sizes + slot)
         if size > 0:
             activation = tl.load(activations + slot)

@@ -11,7 +11,8 @@ import triton.language as tl
 
 from hotswap_server.kernels.interface import GroupedLora
 from hotswap_server.kernels.triton.early import early, start_next, wait_for_previous
-from hotswap_server.kernels.triton.row_tiles import RANKS, parts_at, parts_of, tile_at
+from hotswap_server.kernels.triton.row_tiles import RANKS, parts_at, parts_of
+from hotswap_server.kernels.triton.token_tiles import tile_at
 
 PART = 1024  # inputs that a program of the narrow product goes through
 _NARROW_WARPS, _WIDE_WARPS = 2, 1

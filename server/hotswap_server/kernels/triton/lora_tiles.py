@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hotswap_server.kernels.interface import GroupedLora
-from hotswap_server.kernels.triton.token_tiles import RANKS, precision, splits_of
+from hotswap_server.kernels.triton.token_tiles import RANKS, precision, splits_of, tile_at
 
 
 @triton.jit
@@ -39,10 +39,8 @@ def _shrink_kernel(
     member = tl.program_id(1) // RANK_BLOCKS
     first_rank = tl.program_id(1) % RANK_BLOCKS * RANKS
     split = tl.program_id(2)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride)
+    start, count, slot = tile_at(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         rank = tl.load(ranks + slot * MEMBERS + member)
         if first_rank < rank:
             SHARE: tl.constexpr = ((WIDTH + SPLITS - 1) // SPLITS + BLOCK - 1) // BLOCK * BLOCK
@@ -132,10 +130,8 @@ def _expand_kernel(
 ):
     tile = tl.program_id(0)
     block = tl.program_id(1)
-    start = tl.load(tiles + tile * tile_stride).to(tl.int64)
-    count = tl.load(tiles + tile * tile_stride + field_stride)
+    start, count, slot = tile_at(tiles, tile, tile_stride, field_stride)
     if count > 0:
-        slot = tl.load(tiles + tile * tile_stride + 2 * field_stride).to(tl.int64)
         for member in tl.static_range(MEMBERS):
             if (block >= FIRST_BLOCKS[member]) & (block < FIRST_BLOCKS[member + 1]):
                 _expand_member(

@@ -1,4 +1,4 @@
-"""What adapters of a few tokens share: tiles of tokens of one slot, and sums in parts."""
+"""What adapters of a few tokens share: products whose sums are in parts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ import triton.language as tl
 
 MAX_TOKENS = 64
 RANKS = 16  # of a narrow product that one program computes
-
-
-@triton.jit
-def tile_at(tiles, tile, tile_stride, field_stride):
-    """First token, number of tokens, and slot."""
-    at = tiles + tile * tile_stride
-    start = tl.load(at).to(tl.int64)
-    count = tl.load(at + field_stride).to(tl.int32)
-    slot = tl.load(at + 2 * field_stride).to(tl.int64)
-    return start, count, slot
 
 
 @triton.jit
