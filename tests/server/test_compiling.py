@@ -38,8 +38,11 @@ def answers(base, tokenizer, store) -> list[list[int]]:
         return [outcome.result().tokens for outcome in outcomes]
 
 
-@pytest.mark.parametrize("family", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-def test_compiled_layers_give_the_same_and_are_compiled_once_for_all(family, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "kernels"),
+    [("llama", "auto"), ("llama", "reference"), pytest.param("gemma2", "auto", marks=pytest.mark.slow)],
+)
+def test_compiled_layers_give_the_same_and_are_compiled_once_for_all(family, kernels, tokenizer, tmp_path):
     config = copy.deepcopy(FAMILIES[family])
     config.num_hidden_layers = 3 if family == "llama" else 4
     if getattr(config, "layer_types", None):
@@ -48,7 +51,7 @@ def test_compiled_layers_give_the_same_and_are_compiled_once_for_all(family, tok
     write_lora(model, tmp_path / "acme" / "lora" / "1", r=3, target_modules="all-linear")
     write_bottleneck(model, tmp_path / "acme" / "bottleneck" / "1", bottleneck_size=5)
     expected = answers(prepared(model), tokenizer, tmp_path)
-    base = prepared(model)
+    base = prepared(model, kernels)
     compiled = []
 
     def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:

@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 
 from hotswap_server.engine.hidden import attend, hide
 from hotswap_server.errors import BaseModelError
-from hotswap_server.kernels import AttentionLayout, Kernels, TokenSlots
+from hotswap_server.kernels import AttentionLayout, Kernels, PendingExpand, TokenSlots
 
 ATTENTION_NAME = "hotswap_paged"
 TRACE_NAME = "hotswap_trace"
@@ -61,6 +61,7 @@ class StepState:
         self.value_caches: list[torch.Tensor] = []
         self.slots: dict[str, TokenSlots] = {}
         self.logit_rows: torch.Tensor | None = None
+        self.pending: dict[object, PendingExpand] = {}  # by the block whose output lacks it
         self.compiled = False
         self.adapts_blocks = False  # read by compiled layers alone
         self._touches: dict[tuple[str, int], int] = {}

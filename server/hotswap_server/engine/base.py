@@ -169,6 +169,10 @@ def prepare_base(model: nn.Module, *, kernels: Kernels) -> BaseModel:
             groups.append(_replace(model, members, kernels))
         if isinstance(head, Linear):
             head_group = _replace(model, [(names[head], head)], kernels)
+    sources = {block.source: block for block in blocks}
+    for group in groups:
+        if len(group.names) == 1:
+            group.block = sources.get(group.names[0])
     weight_bytes += sum(group.added_bytes for group in groups)
     for module, site in sites.items():
         module.hotswap_attention = LayerAttention(site.layer, state)  # type: ignore[assignment]
@@ -226,7 +230,8 @@ def _trace(model: nn.Module) -> tuple[list[Call], dict[nn.Module, AttentionSite]
     previous = model.config._attn_implementation  # type: ignore[union-attr]
     model.set_attn_implementation(TRACE_NAME)  # type: ignore[operator]
     try:
-        with torch.inference_mode(), trace_into() as sites, warnings.catch_warnings():
+        # Not in inference mode, where tensors do not say whether they were changed in place.
+        with torch.no_grad(), trace_into() as sites, warnings.catch_warnings():
             ids = torch.zeros(1, 2, dtype=torch.long, device=device)
             model(input_ids=ids, position_ids=torch.arange(2, device=device)[None], use_cache=False)
     finally:

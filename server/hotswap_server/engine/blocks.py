@@ -11,6 +11,7 @@ from torch import nn
 
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.hidden import adapt_block, hide
+from hotswap_server.kernels import PendingExpand
 
 ATTENTION, MLP = "attention", "mlp"
 
@@ -28,13 +29,15 @@ class Block:
     """One sub-layer of a decoder layer: `place` is ATTENTION or MLP, `layer` the layer's module name.
 
     Its output is what the model adds to the residual stream, so it is taken after an output norm where there
-    is one; the stream is taken before the input norm.
+    is one; the stream is taken before the input norm. `source` is the name of the module whose output that
+    is, untouched; empty where there is none.
     """
 
-    def __init__(self, layer: str, place: str, hidden_size: int, state: StepState) -> None:
+    def __init__(self, layer: str, place: str, hidden_size: int, state: StepState, source: str = "") -> None:
         self.layer = layer
         self.place = place
         self.hidden_size = hidden_size
+        self.source = source
         self.deltas: list[BlockDelta] = []
         self.handle: torch.Tensor | None = None  # where the compiler is not to look inside
         self._state = state
@@ -49,11 +52,25 @@ class Block:
         """Forget every adapter method."""
         self.deltas.clear()
 
+    def leave(self, pending: PendingExpand) -> bool:
+        """Let `adapt` add what the output of `source` lacks; False if it is not called in this step."""
+        # An adapter that comes to another thread's bank while a step runs is met in the next one.
+        called = self._stream is not None if self.handle is None else self._state.adapts_blocks
+        if called:
+            self._state.pending[self] = pending
+        return called
+
+    def take_pending(self) -> PendingExpand | None:
+        """What `x` of `adapt` lacks, for whoever adds it now; None if it lacks nothing, or no more."""
+        return self._state.pending.pop(self, None)
+
     def adapt(self, x: torch.Tensor, stream: torch.Tensor) -> None:
         """Make of the block's output `x`, in place, what the adapters make of it; both [..., hidden_size]."""
         x, stream = x.view(-1, self.hidden_size), stream.reshape(-1, self.hidden_size)
         for delta in self.deltas:
             delta(x, stream)
+        if (pending := self.take_pending()) is not None:
+            self._state.kernels.expand(pending, x)
 
     def hide(self) -> None:
         """Keep the compiler out of `adapt`; whether it is called follows the state's `adapts_blocks`."""
@@ -166,7 +183,8 @@ def find_blocks(
             others = [call for call in inside if call is not own[0]]
             reader = next((call.module for call in others if _first(call.result) is given), child)
             writer = next((call.module for call in others if call.given is result), child)
-            found.append((Block(layer_name, place, result.shape[-1], state), reader, writer))
+            block = Block(layer_name, place, result.shape[-1], state, _source(calls, child, writer, result))
+            found.append((block, reader, writer))
     for block, reader, writer in found:
         block.attach(reader, writer)
     return tuple(block for block, _, _ in found)
@@ -185,6 +203,13 @@ def _mlp(layer: nn.Module, layer_name: str, attention: nn.Module) -> nn.Module:
             f"{layer_name} must have one MLP beside its attention; it has {', '.join(others) or 'none'}"
         )
     return next(iter(others.values()))
+
+
+def _source(calls: Sequence[Call], child: nn.Module, writer: nn.Module, result: torch.Tensor) -> str:
+    """The innermost module that made `result`; empty if a norm comes after it, or it was changed in place."""
+    if writer is not child or result._version:
+        return ""
+    return next(call.name for call in calls if _first(call.result) is result)
 
 
 def _first(output: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from hotswap_server.engine.blocks import Block
 from hotswap_server.engine.hidden import hide, project
 from hotswap_server.engine.quantization import QuantizedLinear
 from hotswap_server.kernels import Kernels, Projection
@@ -55,6 +56,7 @@ class ProjectionGroup:
 
     Their weights are stacked into one; quantised ones stay apart, in a `StackedProjection`, where the kernels
     have no product for all. `added_bytes` is what the projection holds beyond the weights it was made of.
+    `block` is the one whose output is this group's, untouched, if there is one.
     """
 
     def __init__(
@@ -76,6 +78,7 @@ class ProjectionGroup:
         self.projection = projection  # what runs: another one while an adapter is merged
         self.bias = bias
         self.added_bytes = added_bytes
+        self.block: Block | None = None
         self.correction: ProjectionDelta | None = None
         self.inputs: list[InputTransform] = []
         self.deltas: list[ProjectionDelta] = []

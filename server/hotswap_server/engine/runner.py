@@ -83,5 +83,6 @@ class ModelRunner:
             )
         finally:
             state.layout, state.slots, state.logit_rows, state.adapts_blocks = None, {}, None, False
+            state.pending.clear()
         logits: torch.Tensor = output.logits[0]
         return logits

@@ -10,6 +10,7 @@ from hotswap_server.kernels.interface import (
     GroupedLora,
     Kernels,
     LowRankUpdate,
+    PendingExpand,
     Projection,
     TokenSlots,
 )
@@ -25,6 +26,7 @@ __all__ = [
     "GroupedLora",
     "Kernels",
     "LowRankUpdate",
+    "PendingExpand",
     "Projection",
     "TokenSlots",
     "select_kernels",

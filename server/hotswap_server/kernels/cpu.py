@@ -256,6 +256,11 @@ class NativeKernels(ReferenceKernels):
             torch.get_num_threads(),
         )
 
+    def project_and_shrink(
+        self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
+    ) -> None:
+        return None
+
     def bottleneck(
         self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
     ) -> None:

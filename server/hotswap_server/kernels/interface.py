@@ -84,6 +84,19 @@ class GroupedLora:
 
 
 @dataclass(frozen=True, slots=True)
+class PendingExpand:
+    """The wide halves of LoRAs that an output [tokens, sum of the bank's widths] still lacks.
+
+    `hidden` [tokens, members, parts, max_rank] float32 are the narrow halves, to be summed over `parts`;
+    `tiles` are those of the `TokenSlots`.
+    """
+
+    hidden: torch.Tensor
+    bank: GroupedLora
+    tiles: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class LowRankUpdate:
     """What an adapter makes of a linear layer's W [out_features, in_features]: `scale` * (W + `b`^T `a`).
 
@@ -274,10 +287,17 @@ class Kernels(Protocol):
         """Add each token's low-rank update of `x` [tokens, in_features] to `out` [tokens, sum of widths]."""
         ...
 
-    def project_with_lora(
+    def project_and_shrink(
         self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
-    ) -> torch.Tensor | None:
-        """`projection` of `x` with what `lora` would add, or None if they are better one after another."""
+    ) -> tuple[torch.Tensor, PendingExpand] | None:
+        """`projection` of `x` and, computed beside it, what `expand` makes of that what `lora` would.
+
+        None if the two are better one after another.
+        """
+        ...
+
+    def expand(self, pending: PendingExpand, out: torch.Tensor) -> None:
+        """Add to `out` [tokens, sum of widths] what it lacks."""
         ...
 
     def bottleneck(
@@ -287,6 +307,17 @@ class Kernels(Protocol):
 
         `x` and `stream`, the residual stream, are [tokens, hidden_size] and contiguous.
         """
+        ...
+
+    def bottleneck_and_expand(
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        table: BottleneckTable,
+        slots: TokenSlots,
+        pending: PendingExpand,
+    ) -> None:
+        """`bottleneck` and `expand` of `x` at once: no token may have both an adapter of each."""
         ...
 
 

@@ -18,9 +18,11 @@ from hotswap_server.kernels.interface import (
     FusedProjection,
     GroupedLora,
     LowRankUpdate,
+    PendingExpand,
     Projection,
     Segment,
     TokenSlots,
+    slot_tiles,
 )
 
 _ROWS = 4096  # of a weight, in float32 at a time
@@ -123,16 +125,42 @@ class ReferenceKernels:
         for segment in slots.segments:
             lora_segment(x, bank, segment, out)
 
-    def project_with_lora(
+    def project_and_shrink(
         self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
-    ) -> torch.Tensor | None:
-        return None
+    ) -> tuple[torch.Tensor, PendingExpand] | None:
+        _, members, max_rank, _ = bank.a.shape
+        hidden = x.new_zeros(x.shape[0], members, 1, max_rank)
+        for segment in slots.segments:
+            rows = slice(segment.start, segment.stop)
+            for member, rank in enumerate(bank.ranks[segment.slot].tolist()):
+                hidden[rows, member, 0, :rank] = x[rows] @ bank.a[segment.slot, member, :rank].t()
+        tiles, _ = slot_tiles(slots.index.cpu().numpy())
+        return projection(x), PendingExpand(hidden, bank, torch.from_numpy(tiles))
+
+    def expand(self, pending: PendingExpand, out: torch.Tensor) -> None:
+        bank, hidden = pending.bank, pending.hidden.sum(2).to(out.dtype)
+        for start, count, slot in pending.tiles.tolist():
+            rows = slice(start, start + count)
+            for member, rank in enumerate(bank.ranks[slot].tolist()):
+                columns = slice(bank.offsets[member], bank.offsets[member] + bank.widths[member])
+                out[rows, columns] += hidden[rows, member, :rank] @ bank.b[member][slot, :rank]
 
     def bottleneck(
         self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
     ) -> None:
         for segment in slots.segments:
             bottleneck_segment(stream, x, table, segment)
+
+    def bottleneck_and_expand(
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        table: BottleneckTable,
+        slots: TokenSlots,
+        pending: PendingExpand,
+    ) -> None:
+        self.expand(pending, x)
+        self.bottleneck(stream, x, table, slots)
 
 
 def gather_sequence(

@@ -212,22 +212,32 @@ SLOTS = (
 )
 
 
-@pytest.mark.parametrize("case", [*CASES, "each"])
-@pytest.mark.parametrize("rows", [True, False])
-def test_bottleneck(device, dtype, case, rows):
-    hidden, largest = 300, 70
-    index = np.array([*range(len(SLOTS)), -1] if case == "each" else CASES[case], np.int32)
-    generator = torch.Generator().manual_seed(0)
-    down, up = (torch.full((len(SLOTS), largest, hidden), torch.nan) for _ in range(2))
+HIDDEN = 300
+
+
+def bottleneck_tables(
+    device: torch.device, dtype: torch.dtype, generator: torch.Generator
+) -> tuple[BottleneckTable, BottleneckTable]:
+    """One on `device`, and its twin in double precision. Rows beyond a size are NaN: reading one shows."""
+    largest = 70
+    down, up = (torch.full((len(SLOTS), largest, HIDDEN), torch.nan) for _ in range(2))
     down_bias = torch.full((len(SLOTS), largest), torch.nan)
     for slot, (size, *_) in enumerate(SLOTS):
         for tensor in (down, up, down_bias):
             tensor[slot, :size] = torch.randn(tensor[slot, :size].shape, generator=generator) * 0.1
-    weights = [down, down_bias, up, torch.randn(len(SLOTS), hidden, generator=generator)]
+    weights = [down, down_bias, up, torch.randn(len(SLOTS), HIDDEN, generator=generator)]
     columns = [torch.tensor(column, dtype=torch.int32) for column in zip(*SLOTS, strict=True)]
     mine = BottleneckTable(*(w.to(device, dtype) for w in weights), *(c.to(device) for c in columns))
-    twin = BottleneckTable(*(w.to(dtype).double() for w in weights), *columns)
-    x, stream = torch.randn(2, len(index), hidden, generator=generator).to(dtype)
+    return mine, BottleneckTable(*(w.to(dtype).double() for w in weights), *columns)
+
+
+@pytest.mark.parametrize("case", [*CASES, "each"])
+@pytest.mark.parametrize("rows", [True, False])
+def test_bottleneck(device, dtype, case, rows):
+    index = np.array([*range(len(SLOTS)), -1] if case == "each" else CASES[case], np.int32)
+    generator = torch.Generator().manual_seed(0)
+    mine, twin = bottleneck_tables(device, dtype, generator)
+    x, stream = torch.randn(2, len(index), HIDDEN, generator=generator).to(dtype)
     expected, got = x.double(), x.to(device)
     ReferenceKernels().bottleneck(stream.double(), expected, twin, token_slots(index, CPU))
     kernels = TritonKernels(row_tokens=10**6 if rows else 0)
@@ -235,6 +245,36 @@ def test_bottleneck(device, dtype, case, rows):
     assert_close(got, expected, dtype)
     untouched = [slot < 0 or SLOTS[slot][0] == 0 for slot in index]
     assert torch.equal(got.cpu()[untouched], x[untouched])
+
+
+@pytest.mark.parametrize("max_rank", [8, 40])
+@pytest.mark.parametrize("case", ["apart", "loras", "bottlenecks"])
+def test_bottlenecks_beside_the_wide_halves_of_loras(device, dtype, case, max_rank):
+    loras = {"apart": [0, 1, 1, -1, 2, -1, -1, -1], "loras": [*range(3), 0, 1, 1], "bottlenecks": [-1] * 5}
+    index = np.array(loras[case], np.int32)
+    others = np.array([row % len(SLOTS) if slot < 0 else -1 for row, slot in enumerate(index)], np.int32)
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 3, max_rank, HIDDEN, generator=generator) * 0.3
+    ranks = torch.tensor([[max_rank], [5], [0]], dtype=torch.int32)
+    bank = GroupedLora(a[:, None].to(dtype), (b.to(dtype),), ranks, (HIDDEN,), (0,))
+    mine = GroupedLora(bank.a.to(device), (bank.b[0].to(device),), ranks.to(device), (HIDDEN,), (0,))
+    double = dataclasses.replace(bank, a=bank.a.double(), b=(bank.b[0].double(),))
+    table, twin = bottleneck_tables(device, dtype, generator)
+    weight, x, stream = (
+        torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in (HIDDEN, len(index), len(index))
+    )
+    kernels, reference = TritonKernels(), ReferenceKernels()
+    plain = reference.projection(weight.double(), None)
+    expected = plain(x.double())
+    reference.lora(x.double(), double, token_slots(index, CPU), expected)
+    reference.bottleneck(stream.double(), expected, twin, token_slots(others, CPU))
+    product = kernels.projection(weight.to(device), None)
+    found = kernels.project_and_shrink(product, x.to(device), mine, token_slots(index, device))
+    assert found is not None
+    got, pending = found
+    assert_close(got, plain(x.double()), dtype)
+    kernels.bottleneck_and_expand(stream.to(device), got, table, token_slots(others, device), pending)
+    assert_close(got, expected, dtype)
 
 
 def test_tiles_of_no_tokens_are_passed_over(device):

@@ -128,21 +128,26 @@ class BottleneckBank:
             residuals=zeros(),
         )
         self._tables[block] = table
-        block.deltas.append(_BottleneckDelta(self._base.state, table))
+        block.deltas.append(_BottleneckDelta(self._base.state, block, table))
         return table
 
 
 class _BottleneckDelta:
     method = "bottleneck"
 
-    def __init__(self, state: StepState, table: BottleneckTable) -> None:
+    def __init__(self, state: StepState, block: Block, table: BottleneckTable) -> None:
         self._state = state
+        self._block = block
         self._table = table
 
     def __call__(self, x: torch.Tensor, stream: torch.Tensor) -> None:
-        slots = self._state.slots.get(self.method)
-        if slots is not None:
-            self._state.kernels.bottleneck(stream, x, self._table, slots)
+        slots, kernels = self._state.slots.get(self.method), self._state.kernels
+        if slots is None:
+            return
+        if (pending := self._block.take_pending()) is None:
+            kernels.bottleneck(stream, x, self._table, slots)
+        else:
+            kernels.bottleneck_and_expand(stream, x, self._table, slots, pending)
 
 
 class BottleneckMethod:

@@ -15,6 +15,7 @@ from hotswap_server.kernels.interface import (
     FourBitWeight,
     FusedProjection,
     GroupedLora,
+    PendingExpand,
     Projection,
     TokenSlots,
     prompt_tiles,
@@ -47,11 +48,10 @@ class LinearProjection:
             return F.linear(x, self._weight, self._bias)
         return linear(_dense(x), self._weight, self._bias)[0]
 
-    def with_lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots) -> torch.Tensor:
-        tiles, _ = _tiles(slots)
-        out, hidden = linear(_dense(x), self._weight, self._bias, bank=bank, tiles=tiles)
-        expand_rows(hidden, bank, tiles, out)
-        return out
+    def and_shrink(
+        self, x: torch.Tensor, bank: GroupedLora, tiles: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return linear(_dense(x), self._weight, self._bias, bank=bank, tiles=tiles)
 
     def weight(self) -> torch.Tensor:
         return self._weight
@@ -74,12 +74,10 @@ class FusedFourBitProjection:
         found = [four_bit_linear(rows, self._weight, self._bias, self._counters)[0] for rows in x.split(part)]
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def with_lora(self, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots) -> torch.Tensor:
-        tiles, _ = _tiles(slots)
-        x = _dense(x)
-        out, hidden = four_bit_linear(x, self._weight, self._bias, self._counters, bank=bank, tiles=tiles)
-        expand_rows(hidden, bank, tiles, out)
-        return out
+    def and_shrink(
+        self, x: torch.Tensor, bank: GroupedLora, tiles: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return four_bit_linear(_dense(x), self._weight, self._bias, self._counters, bank=bank, tiles=tiles)
 
     def weight(self) -> torch.Tensor:
         return unpack(self._weight)
@@ -188,14 +186,19 @@ class TritonKernels(ReferenceKernels):
         elif tiles.shape[0]:
             expand(shrink(x, bank, tiles, rows), bank, tiles, rows, out)
 
-    def project_with_lora(
+    def project_and_shrink(
         self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
-    ) -> torch.Tensor | None:
+    ) -> tuple[torch.Tensor, PendingExpand] | None:
         if not isinstance(projection, LinearProjection | FusedFourBitProjection) or x.shape[0] > min(
             self.linear_tokens, self.row_tokens
         ):
             return None
-        return projection.with_lora(x, bank, slots)
+        tiles, _ = _tiles(slots)
+        out, hidden = projection.and_shrink(x, bank, tiles)
+        return out, PendingExpand(hidden, bank, tiles)
+
+    def expand(self, pending: PendingExpand, out: torch.Tensor) -> None:
+        expand_rows(pending.hidden, pending.bank, pending.tiles, out)
 
     def bottleneck(
         self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
@@ -205,6 +208,20 @@ class TritonKernels(ReferenceKernels):
             bottleneck_rows(stream, x, table, tiles)
         elif tiles.shape[0]:
             bottleneck(stream, x, table, tiles, rows)
+
+    def bottleneck_and_expand(
+        self,
+        stream: torch.Tensor,
+        x: torch.Tensor,
+        table: BottleneckTable,
+        slots: TokenSlots,
+        pending: PendingExpand,
+    ) -> None:
+        tiles, _ = _tiles(slots)
+        if x.shape[0] <= self.row_tokens and tiles.shape[0] and len(pending.bank.widths) == 1:
+            bottleneck_rows(stream, x, table, tiles, pending)
+        else:
+            super().bottleneck_and_expand(stream, x, table, slots, pending)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

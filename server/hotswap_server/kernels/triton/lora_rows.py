@@ -97,7 +97,7 @@ def _narrow_kernel(
 
 
 @triton.jit
-def _wide_member(
+def wide(
     start,
     count,
     slot,
@@ -118,6 +118,7 @@ def _wide_member(
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """Add B (x A^T) of one tile of tokens, member and block of outputs; waits for what came before."""
     rank = tl.load(ranks + slot * MEMBERS + MEMBER)
     n = block * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, RANKS)
@@ -178,7 +179,7 @@ def _wide_kernel(
     if count > 0:
         for member in tl.static_range(MEMBERS):
             if (block >= FIRST_BLOCKS[member]) & (block < FIRST_BLOCKS[member + 1]):
-                _wide_member(
+                wide(
                     start,
                     count,
                     slot,

@@ -86,6 +86,10 @@ class _Outputs:
                     if name in values:
                         table.put(slot, column, values[name])
 
+    @property
+    def empty(self) -> bool:
+        return self._scales is None and self._shifts is None
+
     def apply(self, slots: TokenSlots, out: torch.Tensor, bias: torch.Tensor | None) -> None:
         """`bias` is the base's, already in `out`."""
         if self._scales is not None and (factors := self._scales.rows(slots)) is not None:
@@ -135,8 +139,14 @@ class _GroupPlace:
         slots = self._base.state.slots_of(NAME, self._touched, at_logits=self._at_logits)
         if slots is None or self._bank is None or self._ranked.isdisjoint(slots.used):
             return None
-        out = self._base.state.kernels.project_with_lora(projection, x, self._bank, slots)
-        if out is not None:
+        kernels, block = self._base.state.kernels, self._group.block
+        found = kernels.project_and_shrink(projection, x, self._bank, slots)
+        if found is None:
+            return None
+        out, pending = found
+        # Other tokens' adapters of the block then need not wait for this half.
+        if block is None or not self._outputs.empty or not block.leave(pending):
+            kernels.expand(pending, out)
             self._outputs.apply(slots, out, self._group.bias)
         return out
 
