@@ -16,10 +16,10 @@ from hotswap_server.kernels.triton.lora_rows import wide
 from hotswap_server.kernels.triton.row_tiles import RANKS, parts_at, parts_of
 from hotswap_server.kernels.triton.token_tiles import tile_at
 
-_PART = 512  # inputs that a program of the down-projection goes through
-_DOWN_WARPS = 4
+_PART = 256  # inputs that a program of the down-projection goes through
+_DOWN_WARPS = 2
 _SIZES, _UP_BLOCK, _UP_WARPS = 64, 64, 2  # rows of an up-projection at a time, and its columns
-_LORA_BLOCK = 512  # so many that its warps need not share a column
+_LORA_BLOCK = 128  # more, and registers keep the programs of the up-projections from starting early
 
 
 @triton.jit
@@ -124,14 +124,15 @@ def _up(
         later_parts = parts_at(hidden, at + PARTS * MAX_SIZE, r, size_then, PARTS, PARTS_PAD, MAX_SIZE)
         product = tl.where((r < size)[:, None], weights.to(tl.float32) * low[:, None], 0.0)
         result = tl.where(residual != 0, given, 0.0) + shift + tl.sum(product, 0)
-        for first in range(SIZES, size, SIZES):
-            others_r = first + r
-            there = (others_r < size)[:, None] & (n < WIDTH)[None, :]
-            others = tl.load(rows + others_r[:, None] * WIDTH, mask=there, other=0.0)
-            own_bias = tl.load(biases + others_r, mask=others_r < size, other=0.0).to(tl.float32)
-            parts = parts_at(hidden, at, others_r, size, PARTS, PARTS_PAD, MAX_SIZE)
-            low = activate(tl.sum(parts, 0) + own_bias, activation).to(weights.dtype).to(tl.float32)
-            result += tl.sum(others.to(tl.float32) * low[:, None], 0)
+        if MAX_SIZE > SIZES:
+            for first in range(SIZES, size, SIZES):
+                others_r = first + r
+                there = (others_r < size)[:, None] & (n < WIDTH)[None, :]
+                others = tl.load(rows + others_r[:, None] * WIDTH, mask=there, other=0.0)
+                own_bias = tl.load(biases + others_r, mask=others_r < size, other=0.0).to(tl.float32)
+                parts = parts_at(hidden, at, others_r, size, PARTS, PARTS_PAD, MAX_SIZE)
+                low = activate(tl.sum(parts, 0) + own_bias, activation).to(weights.dtype).to(tl.float32)
+                result += tl.sum(others.to(tl.float32) * low[:, None], 0)
         tl.store(own, result.to(x.dtype.element_ty), mask=(n < WIDTH) & (size > 0))
 
 

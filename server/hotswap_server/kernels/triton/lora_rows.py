@@ -141,13 +141,14 @@ def wide(
         later = tl.load(own + out_stride, mask=(n < WIDTH) & more, other=0.0)
         later_parts = parts_at(hidden, at + STRIDE, r, tl.where(more, rank, 0), PARTS, PARTS_PAD, MAX_RANK)
         result += tl.sum(weights.to(tl.float32) * low[:, None], 0)
-        for first in range(RANKS, rank, RANKS):
-            others_r = first + r
-            there = (others_r < rank)[:, None] & (n < WIDTH)[None, :]
-            others = tl.load(rows + others_r[:, None] * WIDTH, mask=there, other=0.0)
-            parts = parts_at(hidden, at, others_r, rank, PARTS, PARTS_PAD, MAX_RANK)
-            low = tl.sum(parts, 0).to(weights.dtype).to(tl.float32)
-            result += tl.sum(others.to(tl.float32) * low[:, None], 0)
+        if MAX_RANK > RANKS:
+            for first in range(RANKS, rank, RANKS):
+                others_r = first + r
+                there = (others_r < rank)[:, None] & (n < WIDTH)[None, :]
+                others = tl.load(rows + others_r[:, None] * WIDTH, mask=there, other=0.0)
+                parts = parts_at(hidden, at, others_r, rank, PARTS, PARTS_PAD, MAX_RANK)
+                low = tl.sum(parts, 0).to(weights.dtype).to(tl.float32)
+                result += tl.sum(others.to(tl.float32) * low[:, None], 0)
         tl.store(own, result.to(out.dtype.element_ty), mask=(n < WIDTH) & (rank > 0))
 
 
@@ -238,7 +239,7 @@ def shrink_rows(x: torch.Tensor, bank: GroupedLora, tiles: torch.Tensor) -> torc
 def expand_rows(hidden: torch.Tensor, bank: GroupedLora, tiles: torch.Tensor, out: torch.Tensor) -> None:
     """Add the wide halves to `out` [tokens, sum of widths]."""
     _, members, parts, max_rank = hidden.shape
-    block = 128 if tiles.shape[0] <= 4 else 256
+    block = 128 if tiles.shape[0] <= 8 else 256
     firsts = [0]
     for width in bank.widths:
         firsts.append(firsts[-1] + triton.cdiv(width, block))
