@@ -10,9 +10,9 @@ import torch
 from hotswap_server.engine import graphs as graphs_module
 from hotswap_server.engine.attention import StepState
 from hotswap_server.engine.base import prepare_base
-from hotswap_server.engine.buffers import StepBuffers, empty_inputs
+from hotswap_server.engine.buffers import Prompts, StepBuffers, empty_inputs
 from hotswap_server.engine.compiling import compile_layers, compile_no_more
-from hotswap_server.engine.graphs import graph_sizes, record_sizes
+from hotswap_server.engine.graphs import graph_sizes, prompt_sizes, record_sizes
 from hotswap_server.kernels import select_kernels
 from hotswap_server.progress import recording_progress
 from structlog.testing import capture_logs
@@ -88,6 +88,10 @@ def test_graph_sizes():
     assert graph_sizes(6) == [1, 2, 4, 6]
     assert graph_sizes(64) == [1, 2, 4, *range(8, 65, 8)]
     assert graph_sizes(200)[-4:] == [128, 160, 192, 200]
+    assert prompt_sizes(48) == [48]
+    assert prompt_sizes(64) == [64]
+    assert prompt_sizes(200) == [64, 128, 192, 200]
+    assert prompt_sizes(8192)[-2:] == [768, 1024]
 
 
 def test_buffers_pad_what_they_are_filled_with():
@@ -117,6 +121,45 @@ def test_buffers_pad_what_they_are_filled_with():
     assert empty.layout.context.tolist() == [0, 0]
 
 
+def test_buffers_of_steps_with_prompts():
+    """Two decode, one prompt of three tokens joins, and all but the first want logits."""
+    buffers = StepBuffers(max_sequences=4, max_pages=2, device=CPU, max_tokens=80)
+    buffers.turn()[:3] = [[4, 0], [5, 6], [7, 0]]
+    token = np.arange(5)
+    inputs = buffers.fill(
+        70,
+        ids=token + 10,
+        positions=token + 20,
+        pages=token + 4,
+        offsets=token,
+        context=np.array([21, 22, 3]),
+        slots={"lora": np.array([2, -1, 1, 1, 1], np.int32)},
+        chosen={1: 3},
+        prompts=Prompts(np.array([[2, 2, 3, 0]], np.int32), 2, np.array([1, 4])),
+    )
+    assert (inputs.size, inputs.used) == (70, 2)
+    assert inputs.input_ids[0, :6].tolist() == [10, 11, 12, 13, 14, 0]
+    assert inputs.layout.token_pages[3:].tolist() == [7, 8, *[-1] * 65]
+    assert inputs.layout.context.tolist() == [21, 22, 0, 0]
+    assert inputs.layout.block_table[:3].tolist() == [[4, 0], [5, 6], [7, 0]]
+    assert inputs.layout.prompts is not None
+    assert inputs.layout.prompts.tolist() == [[2, 2, 3, 0], *[[0, 0, 0, 0]] * 8]
+    assert inputs.logit_rows is not None
+    assert inputs.logit_rows.tolist() == [1, 4, 0, 0]
+    buffers.chosen.copy_(torch.tensor([7, 8, 9, 99]))
+    assert inputs.flat[inputs.sources][:6].tolist() == [10, 99, 12, 13, 14, 0]
+    slots = inputs.slots["lora"]
+    assert slots.index.tolist() == [2, -1, 1, 1, 1, *[-1] * 65]
+    assert slots.tiles is not None
+    assert (slots.tile_rows, slots.tiles.tolist()) == (16, [[0, 1, 2], [2, 3, 1], *[[0, 0, 0]] * 6])
+    at_logits = slots.at(inputs.logit_rows)
+    assert at_logits.tiles is not None
+    assert at_logits.index.tolist() == [-1, 1, -1, -1]
+    assert (at_logits.tile_rows, at_logits.tiles.tolist()) == (4, [[1, 1, 1]])
+    empty = empty_inputs(buffers, 64, prompts=True)
+    assert (empty.used, empty.layout.token_pages.tolist()) == (0, [-1] * 64)
+
+
 def test_a_base_is_compiled_once():
     base = prepare_base(tiny_model(FAMILIES["llama"]), kernels=select_kernels(CPU, torch.float32))
     compile_layers(base, backend="eager")
@@ -137,7 +180,9 @@ class Recording:
         self.sizes.append(inputs.size)
 
 
-@pytest.mark.parametrize(("limit", "recorded"), [(100, [1, 2, 4, 8]), (25, [2, 4, 8]), (0.1, [8])])
+@pytest.mark.parametrize(
+    ("limit", "recorded"), [(100, [1, 2, 4, 8]), (45, [1, 2, 4, 8]), (25, [2, 4, 8]), (0.1, [8])]
+)
 def test_recording_ends_in_time_and_has_the_largest_batch(monkeypatch, limit, recorded):
     stopped, shown, graphs = [], [], Recording()
     monkeypatch.setattr(graphs_module, "compile_no_more", lambda: stopped.append(True))
@@ -147,15 +192,19 @@ def test_recording_ends_in_time_and_has_the_largest_batch(monkeypatch, limit, re
             graphs,
             buffers,
             [1, 2, 4, 8],
+            [5, 6],
             lambda done, total: shown.append((done, total)),
             limit=limit,
             clock=lambda: graphs.now,
         )
-    assert got == recorded == sorted(graphs.sizes)
-    late = len(recorded) < 4
+    order = [8, 4, 2, 1, 6, 5]
+    done = {100: 6, 45: 5, 25: 3, 0.1: 1}[limit]
+    assert got == recorded
+    assert graphs.sizes == order[:done]
+    late = done < len(order)
     assert bool(stopped) is late
     assert [entry["log_level"] for entry in logs] == ["warning"] * late
-    assert shown == [(done, 4) for done in range(len(recorded) + (not late))]
+    assert shown == [(number, 6) for number in range(done + (not late))]
 
 
 def test_what_is_not_compiled_yet_runs_uncompiled_from_then_on():

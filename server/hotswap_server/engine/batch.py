@@ -13,7 +13,7 @@ import torch
 
 from hotswap_server.core import ScoreRequest
 from hotswap_server.engine.attention import OTHERS
-from hotswap_server.engine.buffers import GraphInputs, StepBuffers
+from hotswap_server.engine.buffers import GraphInputs, Prompts, StepBuffers, prompt_capacity
 from hotswap_server.engine.scheduler import Scheduled
 from hotswap_server.kernels import AttentionLayout, TokenSlots
 from hotswap_server.kernels.interface import Segment, prompt_tiles, slot_tiles
@@ -45,7 +45,8 @@ class StepInputs:
 class BatchBuilder:
     """Fills the same host buffers every step and copies them to the device's, where it is another.
 
-    With `buffers`, steps of single tokens, up to the largest of `sizes`, are laid out in them for a graph.
+    With `buffers`, steps of single tokens, up to the largest of `sizes`, are laid out in them for a graph;
+    so are those with prompts, up to the largest of `prompt_sizes` tokens.
     """
 
     def __init__(
@@ -58,11 +59,13 @@ class BatchBuilder:
         device: torch.device,
         buffers: StepBuffers | None = None,
         sizes: Entries[int] = (),
+        prompt_sizes: Entries[int] = (),
     ) -> None:
         self._page_size = page_size
         self._device = device
         self._buffers = buffers
         self._sizes = sizes
+        self._prompt_sizes = prompt_sizes
         self._ids = np.zeros(max_tokens, np.int64)
         self._positions = np.zeros(max_tokens, np.int64)
         self._pages = np.zeros(max_tokens, np.int64)
@@ -105,12 +108,14 @@ class BatchBuilder:
             rows_per_entry.append(len(wanted))
             starts.append(span.stop)
         tokens, num_decode = starts[-1], sum(entry.num_new == 1 for entry in entries)
-        if self._buffers is not None and tokens == num_decode <= self._sizes[-1]:
-            return self._build_for_graph(self._buffers, entries, starts, rows, rows_per_entry, chosen)
         lengths = self._context[: len(entries)].tolist()
-        prompts = None
-        if num_decode < len(entries) and self._device.type != "cpu":
-            prompts = self._tensor(prompt_tiles(starts, lengths, num_decode))
+        tiles = None
+        if num_decode < len(entries) and (self._buffers is not None or self._device.type != "cpu"):
+            tiles = prompt_tiles(starts, lengths, num_decode)
+        if self._buffers is not None:
+            graph = self._graph_inputs(self._buffers, entries, starts, rows, rows_per_entry, chosen, tiles)
+            if graph is not None:
+                return graph
         layout = AttentionLayout(
             num_decode=num_decode,
             query_starts=starts,
@@ -119,7 +124,7 @@ class BatchBuilder:
             block_table=self._tensor(self._tables[: len(entries)]),
             token_pages=self._tensor(self._pages[:tokens]),
             token_offsets=self._tensor(self._offsets[:tokens]),
-            prompts=prompts,
+            prompts=None if tiles is None else self._tensor(tiles),
         )
         return StepInputs(
             input_ids=self._tensor(self._ids[:tokens])[None],
@@ -133,7 +138,7 @@ class BatchBuilder:
             chosen=chosen,
         )
 
-    def _build_for_graph(
+    def _graph_inputs(
         self,
         buffers: StepBuffers,
         entries: Entries[Scheduled],
@@ -141,25 +146,42 @@ class BatchBuilder:
         rows: list[int],
         rows_per_entry: list[int],
         chosen: dict[int, int],
-    ) -> StepInputs:
-        count = len(entries)
+        tiles: np.ndarray | None,
+    ) -> StepInputs | None:
+        """The same for a graph; None where there is none for such a step."""
+        tokens, sizes = starts[-1], self._sizes if tiles is None else self._prompt_sizes
+        if not sizes or tokens > sizes[-1]:
+            return None
+        size = sizes[bisect.bisect_left(sizes, tokens)]
+        prompts = None
+        if tiles is not None:
+            if max(rows_per_entry) > 1 or len(tiles) > prompt_capacity(size):
+                return None
+            num_decode = len(entries) - len(np.unique(tiles[:, 0]))
+            prompts = Prompts(tiles, num_decode, np.array(rows, np.int64))
         inputs = buffers.fill(
-            self._sizes[bisect.bisect_left(self._sizes, count)],
-            ids=self._ids[:count],
-            positions=self._positions[:count],
-            pages=self._pages[:count],
-            offsets=self._offsets[:count],
-            context=self._context[:count],
+            size,
+            ids=self._ids[:tokens],
+            positions=self._positions[:tokens],
+            pages=self._pages[:tokens],
+            offsets=self._offsets[:tokens],
+            context=self._context[: len(entries)],
             slots=self._slot_indices(entries, starts),
             merged=any(entry.sequence.merged for entry in entries),
             chosen=chosen,
+            prompts=prompts,
         )
+        # A decode step's graph gives logits for all, one with prompts for those that are wanted.
+        logit_rows, chosen_at = rows, list(range(len(entries)))
+        if prompts is not None:
+            logit_rows = list(range(len(rows)))
+            chosen_at = list(itertools.accumulate(rows_per_entry, initial=0))[:-1]
         return StepInputs(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
-            logit_rows=torch.tensor(rows, dtype=torch.long),
+            logit_rows=torch.tensor(logit_rows, dtype=torch.long),
             rows_per_entry=rows_per_entry,
-            chosen_at=list(range(count)),
+            chosen_at=chosen_at,
             layout=inputs.layout,
             slots=inputs.slots,
             merged=inputs.merged,

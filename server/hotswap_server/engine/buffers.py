@@ -3,27 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from hotswap_server.kernels import AttentionLayout, TokenSlots
-from hotswap_server.kernels.interface import slot_tiles
+from hotswap_server.kernels.interface import FEW_TOKENS, PROMPT_TILE, slot_tiles
 
 _MAX_METHODS = 8
-_IDS, _POSITIONS, _PAGES, _OFFSETS, _CONTEXT, _SOURCES = range(6)
-_COMMON, _PER_METHOD = 6, 4  # rows of the buffer: of each method, its index and the three fields of its tiles
-_FEW = 4  # this part of the batch size is few tiles
-_TILE_ROWS = 4  # enough for one adapter's weights to be read a few times only, and few to go through
+_IDS, _POSITIONS, _PAGES, _OFFSETS, _CONTEXT, _SOURCES, _LOGITS, _PROMPTS = range(8)
+_PROMPT_FIELDS = 4
+_COMMON = _PROMPTS + _PROMPT_FIELDS
+_PER_SLOTS = 4  # rows for slots: their index and the three fields of their tiles
+_PER_METHOD = 2 * _PER_SLOTS  # those of the tokens, and those of the rows with logits
+_FEW = 4  # this part of the tokens is few tiles, where there are few tokens
+_LEAST_TILES = 8  # of steps with more
+_MORE_PROMPTS = 8  # tiles of prompts beyond those that fill a step
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a step with prompts has beside a decode step's: the `tiles` of `prompt_tiles`, `num_decode`
+    sequences before theirs, and the tokens, `logit_rows` [rows], whose logits are wanted."""
+
+    tiles: np.ndarray
+    num_decode: int
+    logit_rows: np.ndarray
+
+
+_NO_PROMPTS = Prompts(np.zeros((0, _PROMPT_FIELDS), np.int32), 0, np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True, slots=True)
 class GraphInputs:
-    """A filled set of buffers: `size` rows, of which the first `used` count, and what the forward reads.
+    """A filled set of buffers: `size` tokens, and what the forward reads. The first `used` logits count.
 
     The ids are `flat[sources]`: those of `input_ids`, but where the host does not know a token yet, the one
-    that the step before chose.
+    that the step before chose. `logit_rows` are the tokens that give logits, None for all.
     """
 
     size: int
@@ -35,30 +52,32 @@ class GraphInputs:
     merged: bool
     sources: torch.Tensor
     flat: torch.Tensor
+    logit_rows: torch.Tensor | None = None
 
 
 class StepBuffers:
     """The tensors on the device that graphs read, with their twins in pinned host memory.
 
     There are two of the latter in turn: one may be on its way to the device while the other is filled.
-    `chosen` [sequences] int64 is for what a step chooses.
+    `chosen` [sequences] int64 is for what a step chooses. Steps with prompts have up to `max_tokens`.
     """
 
-    def __init__(self, *, max_sequences: int, max_pages: int, device: torch.device) -> None:
-        rows = _COMMON + _PER_METHOD * _MAX_METHODS
+    def __init__(
+        self, *, max_sequences: int, max_pages: int, device: torch.device, max_tokens: int = 0
+    ) -> None:
         pinned = device.type == "cuda"
         self._max_sequences = max_sequences
+        numbers = (_COMMON + _PER_METHOD * _MAX_METHODS) * max(max_sequences, max_tokens)
         self._sides = [
             (
-                torch.zeros(rows, max_sequences, dtype=torch.int64, pin_memory=pinned),
+                torch.zeros(numbers, dtype=torch.int64, pin_memory=pinned),
                 torch.zeros(max_sequences, max_pages, dtype=torch.int32, pin_memory=pinned),
             )
             for _ in range(2)
         ]
-        self._device = torch.zeros(rows + 1, max_sequences, dtype=torch.int64, device=device)
-        self.chosen = self._device[rows]
+        self._device = torch.zeros(numbers + max_sequences, dtype=torch.int64, device=device)
+        self.chosen = self._device[numbers:]
         self._tables_device = self._sides[0][1].to(device)
-        self._own_ids = np.arange(max_sequences) + _IDS * max_sequences
         self._methods: dict[str, int] = {}
 
     def turn(self) -> np.ndarray:
@@ -78,72 +97,111 @@ class StepBuffers:
         slots: dict[str, np.ndarray],
         merged: bool = False,
         chosen: Mapping[int, int] | None = None,
+        prompts: Prompts | None = None,
     ) -> GraphInputs:
-        """Copy the inputs of `len(ids)` tokens, each of its own sequence, and pad them to `size`.
+        """Copy the inputs of `len(ids)` tokens and pad them to `size`.
 
-        Those of `chosen` have the token of that row of what the step before chose, whatever their id.
+        `context` is of the sequences, and without `prompts` every token is one's own. The tokens of `chosen`
+        have the one of that row of what the step before chose, whatever their id.
         """
         host, tables = self._sides[0]
-        used, array = len(ids), host.numpy()
-        array[:_COMMON, used:size] = 0
-        array[_PAGES, used:size] = -1
-        for row, values in enumerate((ids, positions, pages, offsets, context)):
-            array[row, :used] = values
-        array[_SOURCES, :size] = self._own_ids[:size]
-        for index, row in (chosen or {}).items():
-            array[_SOURCES, index] = (len(self._device) - 1) * self._max_sequences + row
-        views = {method: self._fill_slots(array, method, index, size) for method, index in slots.items()}
+        used = len(ids)
+        for method in slots:
+            self._methods.setdefault(method, len(self._methods))
+        if len(self._methods) > _MAX_METHODS:
+            raise RuntimeError(f"the step's buffers hold {_MAX_METHODS} methods")
         rows = _COMMON + _PER_METHOD * len(self._methods)
-        self._device[:rows].copy_(host[:rows], non_blocking=True)
+        array = host.numpy()[: rows * size].reshape(rows, size)
+        device = self._device[: rows * size].view(rows, size)
+        array[:_COMMON, used:] = 0
+        array[_PAGES, used:] = -1
+        for row, values in enumerate((ids, positions, pages, offsets)):
+            array[row, :used] = values
+        decode = len(context) if prompts is None else prompts.num_decode
+        array[_CONTEXT] = 0  # those of prompts are in their tiles
+        array[_CONTEXT, :decode] = context[:decode]
+        array[_SOURCES] = np.arange(size) + _IDS * size
+        for token, row in (chosen or {}).items():
+            array[_SOURCES, token] = len(self._device) - self._max_sequences + row
+        sequences = min(size, self._max_sequences)
+        tiles_device = logit_rows = None
+        if prompts is not None:
+            array[_LOGITS : _PROMPTS + _PROMPT_FIELDS] = 0
+            array[_LOGITS, : len(prompts.logit_rows)] = prompts.logit_rows
+            array[_PROMPTS:_COMMON, : len(prompts.tiles)] = prompts.tiles.T
+            tiles_device = device[_PROMPTS:_COMMON, : prompt_capacity(size)].t()
+            logit_rows = device[_LOGITS, :sequences]
+        views = {}
+        for method, index in slots.items():
+            first = _COMMON + _PER_METHOD * self._methods[method]
+            own, at_logits = (slice(first + n * _PER_SLOTS, first + (n + 1) * _PER_SLOTS) for n in range(2))
+            views[method] = _slots(array[own], device[own], index, size)
+            if prompts is not None:
+                logits = _slots(array[at_logits], device[at_logits], index[prompts.logit_rows], sequences)
+                views[method] = replace(views[method], logits=logits)
+        self._device[: rows * size].copy_(host[: rows * size], non_blocking=True)
         # Whole rows: a part of each would be a copy for every row.
-        self._tables_device[:used].copy_(tables[:used], non_blocking=True)
-        device = self._device
+        self._tables_device[: len(context)].copy_(tables[: len(context)], non_blocking=True)
         layout = AttentionLayout(
-            num_decode=size,
-            query_starts=range(size + 1),
+            num_decode=sequences,
+            query_starts=range(sequences + 1),
             context_lengths=(),
-            context=device[_CONTEXT, :size],
-            block_table=self._tables_device[:size],
-            token_pages=device[_PAGES, :size],
-            token_offsets=device[_OFFSETS, :size],
+            context=device[_CONTEXT, :sequences],
+            block_table=self._tables_device[:sequences],
+            token_pages=device[_PAGES],
+            token_offsets=device[_OFFSETS],
+            prompts=tiles_device,
         )
         return GraphInputs(
             size,
-            used,
-            device[_IDS, None, :size],
-            device[_POSITIONS, None, :size],
+            used if prompts is None else len(prompts.logit_rows),
+            device[_IDS, None],
+            device[_POSITIONS, None],
             layout,
             views,
             merged,
-            device[_SOURCES, :size],
-            device.view(-1),
+            device[_SOURCES],
+            self._device,
+            logit_rows,
         )
 
-    def _fill_slots(self, array: np.ndarray, method: str, index: np.ndarray, size: int) -> TokenSlots:
-        number = self._methods.setdefault(method, len(self._methods))
-        if number >= _MAX_METHODS:
-            raise RuntimeError(f"the step's buffers hold {_MAX_METHODS} methods")
-        first = _COMMON + _PER_METHOD * number
-        own = array[first : first + _PER_METHOD]
-        own[0, : len(index)] = index
-        own[0, len(index) : size] = -1
-        tiles, _ = slot_tiles(index, _TILE_ROWS)
-        own[1:, : len(tiles)] = tiles.T
-        own[1:, len(tiles) : size] = 0
-        # Graphs for few tiles and for many: programs without one cost time as well.
+
+def _slots(array: np.ndarray, device: torch.Tensor, index: np.ndarray, size: int) -> TokenSlots:
+    array[0, : len(index)] = index
+    array[0, len(index) : size] = -1
+    tiles, rows = slot_tiles(np.pad(index, (0, size - len(index)), constant_values=-1))
+    array[1:, : len(tiles)] = tiles.T
+    array[1:, len(tiles) : size] = 0
+    # Graphs for few tiles and for many: programs without one cost time as well.
+    if size <= FEW_TOKENS:
         capacity = size if len(tiles) > size // _FEW else max(1, size // _FEW)
-        there = self._device[first : first + _PER_METHOD, :size]
-        return TokenSlots(
-            index=there[0],
-            rest=None,
-            long=(),
-            used=frozenset(tiles[:, 2].tolist()),
-            tiles=there[1:, :capacity].t(),
-            tile_rows=_TILE_ROWS,
-        )
+    else:
+        capacity = max(_LEAST_TILES, 1 << (len(tiles) - 1).bit_length())
+    return TokenSlots(
+        index=device[0, :size],
+        rest=None,
+        long=(),
+        used=frozenset(tiles[:, 2].tolist()),
+        tiles=device[1:, :capacity].t(),
+        tile_rows=rows,
+    )
 
 
-def empty_inputs(buffers: StepBuffers, size: int) -> GraphInputs:
+def prompt_capacity(size: int) -> int:
+    """How many tiles of prompts a step of `size` tokens has room for."""
+    return min(size, size // PROMPT_TILE + _MORE_PROMPTS)
+
+
+def empty_inputs(buffers: StepBuffers, size: int, *, prompts: bool = False) -> GraphInputs:
     """Nothing but padding: no token is written and none attended to."""
     none = np.zeros(0, np.int64)
-    return buffers.fill(size, ids=none, positions=none, pages=none, offsets=none, context=none, slots={})
+    return buffers.fill(
+        size,
+        ids=none,
+        positions=none,
+        pages=none,
+        offsets=none,
+        context=none,
+        slots={},
+        prompts=_NO_PROMPTS if prompts else None,
+    )

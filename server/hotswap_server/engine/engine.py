@@ -28,7 +28,7 @@ from hotswap_server.engine.buffers import StepBuffers
 from hotswap_server.engine.chores import Chores
 from hotswap_server.engine.collector import Collector
 from hotswap_server.engine.flight import Flights
-from hotswap_server.engine.graphs import Progress, graph_sizes, ignore_progress, record_sizes
+from hotswap_server.engine.graphs import Progress, graph_sizes, ignore_progress, prompt_sizes, record_sizes
 from hotswap_server.engine.health import EngineHealth, Watchdog
 from hotswap_server.engine.kv_cache import PagedKVCache
 from hotswap_server.engine.observer import EngineObserver, GuardedObserver, NullObserver, step_record
@@ -113,9 +113,13 @@ class Engine:
         self._buffers: StepBuffers | None = None
         if options.graphs and base.state.kernels.can_be_recorded:
             self._buffers = StepBuffers(
-                max_sequences=options.max_batch_size, max_pages=max_pages, device=base.device
+                max_sequences=options.max_batch_size,
+                max_pages=max_pages,
+                device=base.device,
+                max_tokens=prompt_sizes(options.max_batch_tokens)[-1],
             )
         self._sizes = graph_sizes(options.max_batch_size)
+        self._prompt_sizes = prompt_sizes(options.max_batch_tokens)
         self._builder = BatchBuilder(
             max_tokens=options.max_batch_tokens,
             max_sequences=options.max_batch_size,
@@ -124,6 +128,7 @@ class Engine:
             device=base.device,
             buffers=self._buffers,
             sizes=self._sizes,
+            prompt_sizes=self._prompt_sizes,
         )
         self._runner = ModelRunner(
             base, self.cache, max_sequences=options.max_batch_size, buffers=self._buffers
@@ -153,13 +158,14 @@ class Engine:
         )
 
     def record_graphs(self, progress: Progress = ignore_progress) -> None:
-        """Record the base's decode graphs, before `start`; those with adapters follow when first needed."""
+        """Record the base's graphs, before `start`; those with adapters follow when first needed."""
         if self._runner.graphs is not None and self._buffers is not None:
             with torch.inference_mode():
                 self._sizes[:] = record_sizes(
                     self._runner.graphs,
                     self._buffers,
                     self._sizes,
+                    self._prompt_sizes,
                     progress,
                     limit=self.options.graph_timeout,
                 )

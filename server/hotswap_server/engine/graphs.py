@@ -1,4 +1,4 @@
-"""Decode steps as CUDA graphs: recorded once for a batch size and the methods in it, then replayed.
+"""Steps as CUDA graphs: recorded once for a number of tokens and the methods in it, then replayed.
 
 A graph reads everything that changes from one step to the next, the adapters' slots included, from buffers
 that stay where they are. So adapters come and go, and sampling parameters change, without a new recording.
@@ -17,12 +17,16 @@ from hotswap_server.engine.attention import OTHERS, StepState
 from hotswap_server.engine.buffers import GraphInputs, StepBuffers, empty_inputs
 from hotswap_server.engine.compiling import compile_no_more
 from hotswap_server.engine.merging import MergedWeights
+from hotswap_server.kernels import TokenSlots
 
 _log = structlog.get_logger(__name__)
 
-Key = tuple[int, tuple[tuple[str, int, int], ...], int]
-"""Padded batch size; the methods that do something in it, with their paths and the most tiles of their slots;
-and the merge that it runs on."""
+Tiling = tuple[int, int]
+"""The most tiles that slots may have, and the most tokens of a tile."""
+
+Key = tuple[int, bool, tuple[tuple[str, int, Tiling, Tiling], ...], int]
+"""Padded number of tokens; whether there are prompts among them; the methods that do something, with their
+paths and the tiles of their slots, those of the tokens and those with logits; the merge that it runs on."""
 
 Progress = Callable[[int, int], None]
 """Told how many of how many graphs are ready."""
@@ -30,6 +34,10 @@ Progress = Callable[[int, int], None]
 
 def ignore_progress(done: int, total: int) -> None:
     """For whoever shows none."""
+
+
+_PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # beyond, the host is quicker than the device
+_MAX_GRAPHS = 256
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -40,8 +48,14 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return sorted({*sizes, max_batch_size})
 
 
-class DecodeGraphs:
-    """Records on demand; `forward` computes logits [size, vocabulary]."""
+def prompt_sizes(max_batch_tokens: int) -> list[int]:
+    """Numbers of tokens to record steps with prompts for, padded likewise; larger ones are not recorded."""
+    most = min(max_batch_tokens, _PROMPT_SIZES[-1])
+    return [*(size for size in _PROMPT_SIZES if size < most), most]
+
+
+class StepGraphs:
+    """Records on demand; `forward` computes logits [rows, vocabulary], as many as a size has."""
 
     def __init__(
         self,
@@ -67,6 +81,8 @@ class DecodeGraphs:
         found = self._recorded.get(key)
         if found is None:
             found = self._recorded[key] = self._record(inputs, key)
+        else:
+            self._recorded[key] = self._recorded.pop(key)  # the last to be forgotten
         graph, logits = found
         graph.replay()
         return logits[: inputs.used]
@@ -77,15 +93,16 @@ class DecodeGraphs:
             # A method that marked nothing, such as prefixes, leaves the forward as it is.
             path = 0 if method == OTHERS else self._state.path(method, slots.used)
             if path is not None:
-                tiles = 0 if slots.tiles is None else slots.tiles.shape[0]
-                paths.append((method, path, tiles))
-        return inputs.size, tuple(sorted(paths)), self._merges.serial if inputs.merged else 0
+                paths.append((method, path, _tiling(slots), _tiling(slots.logits)))
+        prompts = inputs.logit_rows is not None
+        return inputs.size, prompts, tuple(sorted(paths)), self._merges.serial if inputs.merged else 0
 
     def _record(self, inputs: GraphInputs, key: Key) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         started = time.perf_counter()
         # Weights that were merged once will never run again.
-        for old in [k for k in self._recorded if k[2] and k[2] != self._merges.serial]:
-            del self._recorded[old]
+        old = [k for k in self._recorded if k[-1] and k[-1] != self._merges.serial]
+        for forgotten in old or [*self._recorded][: 1 + len(self._recorded) - _MAX_GRAPHS]:
+            del self._recorded[forgotten]
         if not self._recorded:
             self._pool = torch.cuda.graph_pool_handle()  # one is lost with the last graph that had it
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -107,17 +124,23 @@ class DecodeGraphs:
         seconds = time.perf_counter() - started
         _log.info(
             "graph_recorded",
-            batch_size=key[0],
-            methods=[name for name, *_ in key[1]],
+            tokens=key[0],
+            prompts=key[1],
+            methods=[name for name, *_ in key[2]],
             seconds=round(seconds, 3),
         )
         return graph, logits
 
 
+def _tiling(slots: TokenSlots | None) -> Tiling:
+    return (0, 0) if slots is None or slots.tiles is None else (slots.tiles.shape[0], slots.tile_rows)
+
+
 def record_sizes(
-    graphs: DecodeGraphs,
+    graphs: StepGraphs,
     buffers: StepBuffers,
     sizes: Sequence[int],
+    prompt_sizes: Sequence[int],
     progress: Progress,
     *,
     limit: float,
@@ -125,25 +148,29 @@ def record_sizes(
 ) -> list[int]:
     """Record the base's graphs, the largest first, whose memory then serves the others.
 
-    After `limit` seconds no more are begun, nor is more code compiled: the sizes recorded by then, at least
-    the largest, are returned and do for smaller batches too.
+    After `limit` seconds no more are begun, nor is more code compiled: of `sizes` those recorded by then, at
+    least the largest, are returned and do for smaller batches too. Steps with prompts come last, and may
+    still be recorded when there is one.
     """
     began, recorded = clock(), list[int]()
-    for size in sorted(sizes, reverse=True):
-        if recorded and clock() - began > limit:
+    wanted = [(size, False) for size in sorted(sizes, reverse=True)]
+    wanted += [(size, True) for size in sorted(prompt_sizes, reverse=True)]
+    for done, (size, prompts) in enumerate(wanted):
+        if done and clock() - began > limit:
             _log.warning(
                 "graphs_not_recorded",
                 limit_s=limit,
-                recorded=len(recorded),
-                wanted=len(sizes),
+                recorded=done,
+                wanted=len(wanted),
                 effect="smaller batches run as larger ones, and what is not compiled yet runs uncompiled",
                 remedy="start again, since what was compiled is kept, or raise --graph-timeout",
             )
             compile_no_more()
             break
-        progress(len(recorded), len(sizes))
-        graphs.run(empty_inputs(buffers, size))
-        recorded.append(size)
+        progress(done, len(wanted))
+        graphs.run(empty_inputs(buffers, size, prompts=prompts))
+        if not prompts:
+            recorded.append(size)
     else:
-        progress(len(sizes), len(sizes))
+        progress(len(wanted), len(wanted))
     return sorted(recorded)

@@ -10,7 +10,7 @@ from hotswap_server.engine.ahead import Choice, NextTokens
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import StepInputs
 from hotswap_server.engine.buffers import GraphInputs, StepBuffers
-from hotswap_server.engine.graphs import DecodeGraphs
+from hotswap_server.engine.graphs import StepGraphs
 from hotswap_server.engine.kv_cache import PagedKVCache
 
 
@@ -25,14 +25,14 @@ class ModelRunner:
         max_sequences: int,
         buffers: StepBuffers | None = None,
     ) -> None:
-        """With `buffers` decode steps are recorded, over the inputs that are filled into these."""
+        """With `buffers` steps are recorded, over the inputs that are filled into these."""
         self._base = base
         self._next = NextTokens(max_sequences, base.device, None if buffers is None else buffers.chosen)
         base.state.key_caches = cache.keys
         base.state.value_caches = cache.values
-        self.graphs: DecodeGraphs | None = None
+        self.graphs: StepGraphs | None = None
         if buffers is not None:
-            self.graphs = DecodeGraphs(base.state, base.merged, self._decode, base.device)
+            self.graphs = StepGraphs(base.state, base.merged, self._recorded, base.device)
 
     def run(self, inputs: StepInputs) -> torch.Tensor:
         """Logits [rows, vocabulary] in float32 of `inputs.logit_rows`; keys and values go to their pages."""
@@ -57,9 +57,9 @@ class ModelRunner:
         self._next.choose(logits)
         return self._next.fetch(len(logits))
 
-    def _decode(self, inputs: GraphInputs) -> torch.Tensor:
+    def _recorded(self, inputs: GraphInputs) -> torch.Tensor:
         ids = inputs.flat.index_select(0, inputs.sources)[None]
-        logits = self._forward(inputs, ids, 0)  # 0 means all
+        logits = self._forward(inputs, ids, 0 if inputs.logit_rows is None else inputs.logit_rows)  # 0: all
         self._next.choose(logits)
         return logits
 

@@ -13,7 +13,10 @@ import torch
 PROMPT_TILE = 64
 """Queries of one sequence that a GPU's program for prompts takes at most."""
 
-_SMALL_TILE, _LARGE_TILE = 16, 64
+FEW_TOKENS = 64
+"""Up to so many of a step, a GPU's kernels read adapters' weights for a few tokens at a time."""
+
+_FEW_TILE, _SMALL_TILE, _LARGE_TILE = 4, 16, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +36,8 @@ class TokenSlots:
     that pay for a matrix product of their own; `rest` is `index` without them (-1 there), None when nothing
     remains. `used` has every slot in `index`, and may have more: whoever changes none of these is not run.
     On a GPU `tiles` [tiles, 3] are those of `slot_tiles`, of up to `tile_rows` tokens each; one of no tokens
-    is to be passed over.
+    is to be passed over. `logits` is the same for the rows that the output embedding sees, where that is
+    known beforehand.
     """
 
     index: torch.Tensor
@@ -42,9 +46,12 @@ class TokenSlots:
     used: frozenset[int]
     tiles: torch.Tensor | None = None
     tile_rows: int = 0
+    logits: TokenSlots | None = None
 
     def at(self, rows: torch.Tensor) -> TokenSlots:
-        """The same for `rows` [rows] int64 of the tokens alone. Waits for no device."""
+        """The same for `rows` [rows] int64, those that the output embedding sees. Waits for no device."""
+        if self.logits is not None:
+            return self.logits
         index = self.index[rows]
         return TokenSlots(index=index, rest=index, long=(), used=self.used)
 
@@ -340,8 +347,8 @@ def prompt_tiles(starts: Sequence[int], contexts: Sequence[int], num_decode: int
     return np.array(tiles, np.int32).reshape(-1, 4)
 
 
-def slot_tiles(index: np.ndarray, rows: int | None = None) -> tuple[np.ndarray, int]:
-    """The tokens that have a slot, in tiles of one slot's, and how many a tile has at most: `rows`, if given.
+def slot_tiles(index: np.ndarray) -> tuple[np.ndarray, int]:
+    """The tokens that have a slot, in tiles of one slot's, and how many a tile has at most.
 
     `index` is that of `TokenSlots`; the tiles are [tiles, 3] int32: first token, number of tokens, slot.
     """
@@ -350,7 +357,10 @@ def slot_tiles(index: np.ndarray, rows: int | None = None) -> tuple[np.ndarray, 
     stops = np.concatenate((bounds, [len(index)]))
     used = index[starts] >= 0
     starts, stops = starts[used], stops[used]
-    if rows is None:
+    if len(index) <= FEW_TOKENS:
+        # Few to go through one after another, enough for a weight to be read a few times only.
+        rows = _FEW_TILE
+    else:
         rows = _LARGE_TILE if len(starts) and (stops - starts).max() > _SMALL_TILE else _SMALL_TILE
     counts = -(-(stops - starts) // rows)
     run = np.repeat(np.arange(len(starts)), counts)

@@ -106,7 +106,7 @@ def test_four_bit_linear(device, dtype, cut, in_features, index):
         ]
         slots = np.array(index, np.int32)
         ReferenceKernels().lora(x.double(), banks[0], token_slots(slots, CPU), expected)
-        options = {"bank": banks[1], "tiles": torch.from_numpy(slot_tiles(slots, 4)[0]).to(device)}
+        options = {"bank": banks[1], "tiles": torch.from_numpy(slot_tiles(slots)[0]).to(device)}
     counters = torch.zeros(sum(WIDTHS), dtype=torch.int32, device=device)
     shift = None if bias is None else bias.to(device)
     for _ in range(2):  # the second finds the counters as the first has left them

@@ -296,7 +296,9 @@ def test_tiles_of_no_tokens_are_passed_over(device):
 
 
 def test_tiles():
-    tiles, rows = slot_tiles(np.array([-1, 2, 2, -1, 0, *[1] * 16], np.int32))
+    tiles, rows = slot_tiles(np.array([-1, 2, 2, -1, 0, *[1] * 6], np.int32))
+    assert (rows, tiles.tolist()) == (4, [[1, 2, 2], [4, 1, 0], [5, 4, 1], [9, 2, 1]])
+    tiles, rows = slot_tiles(np.array([-1, 2, 2, -1, 0, *[1] * 16, *[-1] * 44], np.int32))
     assert (rows, tiles.tolist()) == (16, [[1, 2, 2], [4, 1, 0], [5, 16, 1]])
     tiles, rows = slot_tiles(np.array([-1, *[3] * 70, 0], np.int32))
     assert (rows, tiles.tolist()) == (64, [[1, 64, 3], [65, 6, 3], [71, 1, 0]])

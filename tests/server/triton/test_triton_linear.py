@@ -56,7 +56,7 @@ def test_linear(device, dtype, cut, index):
         bank = GroupedLora(
             a.to(device, dtype), tuple(t.to(device, dtype) for t in b), ranks.to(device), WIDTHS, offsets
         )
-        options = {"bank": bank, "tiles": torch.from_numpy(slot_tiles(slots, 4)[0]).to(device)}
+        options = {"bank": bank, "tiles": torch.from_numpy(slot_tiles(slots)[0]).to(device)}
     there = [None if tensor is None else tensor.to(device) for tensor in (x, weight, bias)]
     got, hidden = linear(*there, cut=CUTS[cut], **options)
     if options:

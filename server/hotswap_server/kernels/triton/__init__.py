@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from hotswap_server.kernels.interface import (
+    FEW_TOKENS,
     AttentionLayout,
     BottleneckTable,
     FourBitSource,
@@ -29,7 +30,6 @@ from hotswap_server.kernels.triton.four_bit import MIN_CHUNK, four_bit_linear, u
 from hotswap_server.kernels.triton.linear import linear
 from hotswap_server.kernels.triton.lora_rows import expand_rows, shrink_rows
 from hotswap_server.kernels.triton.lora_tiles import expand, shrink
-from hotswap_server.kernels.triton.row_tiles import MAX_TOKENS
 
 _FOUR_BIT_PARTS = 2
 """As many times our kernel reads a weight in 4 bits before it pays to unpack it."""
@@ -100,8 +100,8 @@ class TritonKernels(ReferenceKernels):
     def __init__(
         self,
         *,
-        linear_tokens: int = MAX_TOKENS,
-        row_tokens: int = MAX_TOKENS,
+        linear_tokens: int = FEW_TOKENS,
+        row_tokens: int = FEW_TOKENS,
     ) -> None:
         self.linear_tokens = linear_tokens
         self.row_tokens = row_tokens
@@ -160,11 +160,11 @@ class TritonKernels(ReferenceKernels):
                 window=window,
                 softcap=softcap,
             )
-        if decode < layout.block_table.shape[0]:
-            tiles = layout.prompts
-            if tiles is None:
-                host = prompt_tiles(layout.query_starts, layout.context_lengths, decode)
-                tiles = torch.from_numpy(host).to(query.device)
+        tiles = layout.prompts
+        if tiles is None and decode < layout.block_table.shape[0]:
+            host = prompt_tiles(layout.query_starts, layout.context_lengths, decode)
+            tiles = torch.from_numpy(host).to(query.device)
+        if tiles is not None:
             attend_prompts(
                 query,
                 key_cache,

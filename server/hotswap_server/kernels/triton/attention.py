@@ -163,6 +163,8 @@ def _prompt_kernel(
     table,
     tiles,
     out,
+    tile_stride,
+    field_stride,
     query_stride,
     query_head_stride,
     table_stride,
@@ -183,10 +185,11 @@ def _prompt_kernel(
 ):
     tile = tl.program_id(0)
     head = tl.program_id(1)
-    sequence = tl.load(tiles + tile * 4).to(tl.int64)
-    first_token = tl.load(tiles + tile * 4 + 1).to(tl.int64)
-    count = tl.load(tiles + tile * 4 + 2)
-    first_position = tl.load(tiles + tile * 4 + 3)
+    at = tiles + tile * tile_stride
+    sequence = tl.load(at).to(tl.int64)
+    first_token = tl.load(at + field_stride).to(tl.int64)
+    count = tl.load(at + 2 * field_stride).to(tl.int32)
+    first_position = tl.load(at + 3 * field_stride).to(tl.int32)
     kv_head = head // GROUP
     row = tl.arange(0, ROWS)
     d = tl.arange(0, D_PAD)
@@ -349,6 +352,8 @@ def attend_prompts(
         block_table,
         tiles,
         out,
+        tiles.stride(0),
+        tiles.stride(1),
         query.stride(0),
         query.stride(1),
         block_table.stride(0),

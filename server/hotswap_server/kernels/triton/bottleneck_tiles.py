@@ -8,7 +8,7 @@ import triton.language as tl
 
 from hotswap_server.kernels.interface import BottleneckTable
 from hotswap_server.kernels.triton.activations import activate
-from hotswap_server.kernels.triton.token_tiles import RANKS, precision, splits_of, tile_at
+from hotswap_server.kernels.triton.token_tiles import MIN_ROWS, RANKS, precision, splits_of, tile_at
 
 
 @triton.jit
@@ -131,7 +131,7 @@ def bottleneck(
     common = {
         "WIDTH": width,
         "MAX_SIZE": max_size,
-        "ROWS": rows,
+        "ROWS": max(rows, MIN_ROWS),
         "RANKS": RANKS,
         "SPLITS": splits,
         "PRECISION": precision(x.dtype),

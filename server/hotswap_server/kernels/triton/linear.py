@@ -132,7 +132,7 @@ def linear(
     tiles: torch.Tensor | None = None,
     cut: Tiling | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """x [tokens, in_features] -> [tokens, out_features], of up to MAX_TOKENS tokens.
+    """x [tokens, in_features] -> [tokens, out_features], of up to FEW_TOKENS tokens.
 
     With a `bank` and `tiles`, those of `TokenSlots`, what is returned beside is what `shrink_rows` gives.
     """

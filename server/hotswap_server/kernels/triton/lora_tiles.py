@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from hotswap_server.kernels.interface import GroupedLora
-from hotswap_server.kernels.triton.token_tiles import RANKS, precision, splits_of, tile_at
+from hotswap_server.kernels.triton.token_tiles import MIN_ROWS, RANKS, precision, splits_of, tile_at
 
 
 @triton.jit
@@ -176,7 +176,7 @@ def shrink(x: torch.Tensor, bank: GroupedLora, tiles: torch.Tensor, rows: int) -
         WIDTH=width,
         MEMBERS=members,
         MAX_RANK=max_rank,
-        ROWS=rows,
+        ROWS=max(rows, MIN_ROWS),
         RANKS=RANKS,
         BLOCK=128 if x.dtype != torch.float32 else 64,
         SPLITS=splits,
@@ -210,7 +210,7 @@ def expand(
         FIRST_BLOCKS=tuple(firsts),
         MEMBERS=len(bank.b),
         MAX_RANK=hidden.shape[3],
-        ROWS=rows,
+        ROWS=max(rows, MIN_ROWS),
         RANKS=RANKS,
         BLOCK=block,
         SPLITS=hidden.shape[0],

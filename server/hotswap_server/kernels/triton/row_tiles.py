@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-MAX_TOKENS = 64
 RANKS = 16  # of a narrow product that one program computes
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-RANKS = 16  # rows of a narrow matrix at a time: the least that matrix units take
+RANKS = MIN_ROWS = 16  # rows of a narrow matrix, or of tokens, at a time: the least that matrix units take
 _PROGRAMS_WANTED = 256
 _MAX_SPLITS = 16
 
