@@ -1,6 +1,7 @@
 """Layers behind the compiler's front: what it does not look into must still be what the step does."""
 
 import copy
+import dataclasses
 import io
 import sys
 
@@ -13,6 +14,7 @@ from hotswap_server.engine.base import prepare_base
 from hotswap_server.engine.buffers import Prompts, StepBuffers, empty_inputs
 from hotswap_server.engine.compiling import compile_layers, compile_no_more
 from hotswap_server.engine.graphs import graph_sizes, prompt_sizes, record_sizes
+from hotswap_server.engine.merging import MergedWeights
 from hotswap_server.kernels import select_kernels
 from hotswap_server.progress import recording_progress
 from structlog.testing import capture_logs
@@ -155,9 +157,62 @@ def test_buffers_of_steps_with_prompts():
     at_logits = slots.at(inputs.logit_rows)
     assert at_logits.tiles is not None
     assert at_logits.index.tolist() == [-1, 1, -1, -1]
-    assert (at_logits.tile_rows, at_logits.tiles.tolist()) == (4, [[1, 1, 1]])
+    assert (at_logits.tile_rows, at_logits.tiles.tolist()) == (4, [[1, 1, 1], *[[0, 0, 0]] * 3])
     empty = empty_inputs(buffers, 64, prompts=True)
     assert (empty.used, empty.layout.token_pages.tolist()) == (0, [-1] * 64)
+
+
+class Replayed:
+    """A graph that counts."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def replay(self) -> None:
+        self.times += 1
+
+
+def test_which_graphs_there_are(monkeypatch):
+    """Decode steps are recorded at once, those with prompts when they come again; old ones are forgotten."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs_module, "_MAX_GRAPHS", 3)
+    captured, forwards = [], []
+
+    def capture(self, inputs, key):
+        captured.append((key[0], key[1]))
+        return Replayed(), torch.zeros(8, 2)
+
+    def forward(inputs):
+        forwards.append(inputs.size)
+        return torch.zeros(8, 2)
+
+    monkeypatch.setattr(graphs_module.StepGraphs, "_capture", capture)
+    merges = MergedWeights()
+    state = StepState(select_kernels(CPU, torch.float32))
+    graphs = graphs_module.StepGraphs(state, merges, forward, CPU)
+    buffers = StepBuffers(max_sequences=8, max_pages=2, device=CPU, max_tokens=16)
+
+    def run(size, *, prompts=False, merged=False):
+        inputs = dataclasses.replace(empty_inputs(buffers, size, prompts=prompts), used=3, merged=merged)
+        assert graphs.run(inputs).shape == (3, 2)
+
+    for _ in range(3):
+        run(4)
+        run(4, prompts=True)
+    assert (captured, forwards) == ([(4, False), (4, True)], [4])
+    assert [graph.times for graph, _ in graphs._recorded.values()] == [3, 2]
+    run(8)
+    run(4)
+    run(2)  # in the place of the one with prompts, which is longest ago
+    assert [(size, prompts) for size, prompts, *_ in graphs._recorded] == [(8, False), (4, False), (2, False)]
+    run(4, prompts=True)  # met before
+    assert (len(graphs), forwards) == (3, [4])
+    merges.install(None)
+    run(8, merged=True)
+    merges.install(None)
+    run(8, merged=True)
+    assert [key[-1] for key in graphs._recorded] == [0, 0, 2]
 
 
 def test_a_base_is_compiled_once():
@@ -175,7 +230,7 @@ class Recording:
         self.now = 0.0
         self.sizes: list[int] = []
 
-    def run(self, inputs):
+    def record(self, inputs):
         self.now += 10
         self.sizes.append(inputs.size)
 

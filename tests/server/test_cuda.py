@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from hotswap_server.engine import graphs as graphs_module
 from hotswap_server.engine.base import BaseModel, prepare_base
 from hotswap_server.engine.compiling import compile_layers
 from hotswap_server.kernels import select_kernels
@@ -96,6 +97,12 @@ def expected(llama, tokenizer, store):
 def test_every_method_and_mix_answers_as_on_the_cpu(gpu_base, tokenizer, store, expected, together, graphs):
     got = answers(gpu_base, tokenizer, store, together=together, graphs=graphs)
     for ours, theirs in zip(got, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+def test_with_room_for_few_graphs_answers_are_the_same(gpu_base, tokenizer, store, expected, monkeypatch):
+    monkeypatch.setattr(graphs_module, "_MAX_GRAPHS", 2)
+    for ours, theirs in zip(answers(gpu_base, tokenizer, store, together=True), expected, strict=True):
         assert_same(ours, theirs)
 
 

@@ -137,7 +137,8 @@ class StepBuffers:
             own, at_logits = (slice(first + n * _PER_SLOTS, first + (n + 1) * _PER_SLOTS) for n in range(2))
             views[method] = _slots(array[own], device[own], index, size)
             if prompts is not None:
-                logits = _slots(array[at_logits], device[at_logits], index[prompts.logit_rows], sequences)
+                wanted = index[prompts.logit_rows]
+                logits = _slots(array[at_logits], device[at_logits], wanted, sequences, levels=False)
                 views[method] = replace(views[method], logits=logits)
         self._device[: rows * size].copy_(host[: rows * size], non_blocking=True)
         # Whole rows: a part of each would be a copy for every row.
@@ -166,17 +167,17 @@ class StepBuffers:
         )
 
 
-def _slots(array: np.ndarray, device: torch.Tensor, index: np.ndarray, size: int) -> TokenSlots:
+def _slots(
+    array: np.ndarray, device: torch.Tensor, index: np.ndarray, size: int, *, levels: bool = True
+) -> TokenSlots:
+    capacity = size
     array[0, : len(index)] = index
     array[0, len(index) : size] = -1
     tiles, rows = slot_tiles(np.pad(index, (0, size - len(index)), constant_values=-1))
+    if levels:  # graphs for few tiles and for many: programs without one cost time as well
+        capacity = _capacity(len(tiles), size)
     array[1:, : len(tiles)] = tiles.T
     array[1:, len(tiles) : size] = 0
-    # Graphs for few tiles and for many: programs without one cost time as well.
-    if size <= FEW_TOKENS:
-        capacity = size if len(tiles) > size // _FEW else max(1, size // _FEW)
-    else:
-        capacity = max(_LEAST_TILES, 1 << (len(tiles) - 1).bit_length())
     return TokenSlots(
         index=device[0, :size],
         rest=None,
@@ -185,6 +186,15 @@ def _slots(array: np.ndarray, device: torch.Tensor, index: np.ndarray, size: int
         tiles=device[1:, :capacity].t(),
         tile_rows=rows,
     )
+
+
+def _capacity(tiles: int, size: int) -> int:
+    if size <= FEW_TOKENS:
+        return size if tiles > size // _FEW else max(1, size // _FEW)
+    capacity = _LEAST_TILES
+    while capacity < tiles:
+        capacity *= _FEW
+    return capacity
 
 
 def prompt_capacity(size: int) -> int:

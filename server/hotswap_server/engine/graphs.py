@@ -37,7 +37,7 @@ def ignore_progress(done: int, total: int) -> None:
 
 
 _PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # beyond, the host is quicker than the device
-_MAX_GRAPHS = 256
+_MAX_GRAPHS, _MAX_MET = 256, 4096
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -55,7 +55,10 @@ def prompt_sizes(max_batch_tokens: int) -> list[int]:
 
 
 class StepGraphs:
-    """Records on demand; `forward` computes logits [rows, vocabulary], as many as a size has."""
+    """Records on demand; `forward` computes logits [rows, vocabulary], as many as a size has.
+
+    A kind of step with prompts, of which there are many, is recorded when it comes a second time.
+    """
 
     def __init__(
         self,
@@ -71,6 +74,7 @@ class StepGraphs:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool: Any = None
         self._recorded: dict[Key, tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._met: set[Key] = set()
 
     def __len__(self) -> int:
         return len(self._recorded)
@@ -78,14 +82,27 @@ class StepGraphs:
     def run(self, inputs: GraphInputs) -> torch.Tensor:
         """Logits [used, vocabulary], valid until the next call."""
         key = self._key(inputs)
-        found = self._recorded.get(key)
-        if found is None:
-            found = self._recorded[key] = self._record(inputs, key)
-        else:
-            self._recorded[key] = self._recorded.pop(key)  # the last to be forgotten
-        graph, logits = found
+        if key not in self._recorded:
+            if inputs.logit_rows is not None and key not in self._met:
+                if len(self._met) >= _MAX_MET:
+                    self._met.clear()
+                self._met.add(key)
+                return self._forward(inputs)[: inputs.used]
+            self.record(inputs)
+        graph, logits = self._recorded[key] = self._recorded.pop(key)  # the last to be forgotten
         graph.replay()
         return logits[: inputs.used]
+
+    def record(self, inputs: GraphInputs) -> None:
+        """Record steps such as `inputs`, without running one."""
+        key = self._key(inputs)
+        # Weights that were merged once will never run again.
+        old = [k for k in self._recorded if k[-1] and k[-1] != self._merges.serial]
+        for forgotten in old or [*self._recorded][: 1 + len(self._recorded) - _MAX_GRAPHS]:
+            del self._recorded[forgotten]
+        if not self._recorded:
+            self._pool = torch.cuda.graph_pool_handle()  # one is lost with the last graph that had it
+        self._recorded[key] = self._capture(inputs, key)
 
     def _key(self, inputs: GraphInputs) -> Key:
         paths = []
@@ -97,14 +114,8 @@ class StepGraphs:
         prompts = inputs.logit_rows is not None
         return inputs.size, prompts, tuple(sorted(paths)), self._merges.serial if inputs.merged else 0
 
-    def _record(self, inputs: GraphInputs, key: Key) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def _capture(self, inputs: GraphInputs, key: Key) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
         started = time.perf_counter()
-        # Weights that were merged once will never run again.
-        old = [k for k in self._recorded if k[-1] and k[-1] != self._merges.serial]
-        for forgotten in old or [*self._recorded][: 1 + len(self._recorded) - _MAX_GRAPHS]:
-            del self._recorded[forgotten]
-        if not self._recorded:
-            self._pool = torch.cuda.graph_pool_handle()  # one is lost with the last graph that had it
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -168,7 +179,7 @@ def record_sizes(
             compile_no_more()
             break
         progress(done, len(wanted))
-        graphs.run(empty_inputs(buffers, size, prompts=prompts))
+        graphs.record(empty_inputs(buffers, size, prompts=prompts))
         if not prompts:
             recorded.append(size)
     else:

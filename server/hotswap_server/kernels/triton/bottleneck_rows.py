@@ -16,8 +16,8 @@ from hotswap_server.kernels.triton.lora_rows import wide
 from hotswap_server.kernels.triton.row_tiles import RANKS, parts_at, parts_of
 from hotswap_server.kernels.triton.token_tiles import tile_at
 
-_PART = 256  # inputs that a program of the down-projection goes through
-_DOWN_WARPS = 2
+_PART = 512  # inputs that a program of the down-projection goes through
+_DOWN_WARPS = 4
 _SIZES, _UP_BLOCK, _UP_WARPS = 64, 64, 2  # rows of an up-projection at a time, and its columns
 _LORA_BLOCK = 128  # more, and registers keep the programs of the up-projections from starting early
 
