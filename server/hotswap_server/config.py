@@ -62,13 +62,13 @@ class ServeSettings(BaseSettings):
         "auto", description="Which implementation of the operations runs."
     )
     eager: bool = Field(
-        False, description="On a GPU, neither compile the layers nor record decode steps as CUDA graphs."
+        False, description="On a GPU, neither compile the layers nor record steps as CUDA graphs."
     )
     graph_timeout: float = Field(
         300.0,
         gt=0,
         allow_inf_nan=False,
-        description="Seconds after which no more decode graphs are recorded at the start, nor code compiled.",
+        description="Seconds after which no more graphs are recorded at the start, nor code compiled.",
     )
     threads: int | None = Field(None, ge=1, description="CPU threads of the model; default: physical cores.")
     tensor_parallel: int = Field(

@@ -20,7 +20,7 @@ class EngineOptions:
     queue: QueueOptions = field(default_factory=QueueOptions)
     step_timeout: float = 120.0
     fairness: FairnessOptions = field(default_factory=FairnessOptions)
-    graphs: bool = True  # on a GPU, replay decode steps instead of calling the model
+    graphs: bool = True  # on a GPU, replay steps instead of calling the model
     graph_timeout: float = 300.0  # seconds after which no more of them are begun at the start
     run_ahead: bool | None = None  # launch a step before the tokens of the last are read; None: on a GPU
 
