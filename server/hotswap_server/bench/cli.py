@@ -55,7 +55,9 @@ def bench(
 
     from hotswap_server.bench.workload import Shape, default_cases
     from hotswap_server.errors import HotswapError
+    from hotswap_server.logging import configure_logging
 
+    configure_logging("warning")
     console = Console()
     if shape is not None:
         _write(output, _measure_shape(console, shape, device, eager))
@@ -103,7 +105,8 @@ def _measure_shape(console: Any, shape: str, device: str, eager: bool) -> Any:
     import torch
     from hotswap.shapes import SHAPES
 
-    from hotswap_server.bench.gpu import measure_gpu, print_gpu
+    from hotswap_server.bench.gpu import measure_gpu
+    from hotswap_server.bench.gpu_report import print_gpu
 
     if shape not in SHAPES:
         typer.echo(f"hotswap bench: --shape must be one of {', '.join(SHAPES)}, got {shape!r}", err=True)

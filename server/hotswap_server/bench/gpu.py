@@ -16,12 +16,14 @@ from hotswap_server.adapters.methods.lora.adapter import LoraAdapter
 from hotswap_server.adapters.methods.lora.bank import LoraBank
 from hotswap_server.adapters.transfer import beside_steps, packed
 from hotswap_server.bench.gpu_engine import CONTEXT, RANK, Tell, measure_engine
-from hotswap_server.bench.quantized import KIND, measure_quantized
+from hotswap_server.bench.quantized import measure_quantized
 from hotswap_server.bench.shapes import random_lora, random_model
 from hotswap_server.bench.steps import (
     StepBench,
     fill_bottlenecks,
+    fill_ia3,
     fill_loras,
+    measure_grid,
     place_prefixes,
 )
 from hotswap_server.bench.workload import ALL_LINEAR, QUERY_VALUE
@@ -29,7 +31,7 @@ from hotswap_server.engine.base import BaseModel, prepare_base
 from hotswap_server.engine.compiling import compile_layers
 from hotswap_server.kernels import select_kernels
 
-_BOTTLENECK, _PREFIX = 64, 20
+_SLOTS, _BOTTLENECK, _PREFIX = 32, 64, 20
 
 
 def measure_gpu(shape: str, device: torch.device, dtype: torch.dtype, *, eager: bool, tell: Tell) -> Any:
@@ -64,29 +66,28 @@ def _measure_steps(base: BaseModel, tell: Tell) -> dict[str, Any]:
     tell("base")
     for batch in (1, 8, 32, 64):
         bench.decode("base", batch)
-    for title, targets in (("LoRA r=16 on q,v", QUERY_VALUE), ("LoRA r=16 on all linears", ALL_LINEAR)):
-        tell(title)
-        nbytes = fill_loras(base, 32, RANK, targets)
-        for batch, adapters in ((1, 1), (8, 1), (8, 8), (32, 1), (32, 32), (64, 1), (64, 32)):
-            own: list[tuple[str, int] | None] = [("lora", slot) for slot in range(adapters)]
-            bench.decode(f"{title}, {adapters} distinct", batch, own, nbytes * adapters)
+    for targets, where in ((QUERY_VALUE, "q,v"), (ALL_LINEAR, "all")):
+        tell(f"LoRAs on {where}")
+        nbytes = fill_loras(base, _SLOTS, RANK, targets)
+        measure_grid(bench, f"LoRA r={RANK} {where}", "lora", nbytes)
         if targets is ALL_LINEAR:
-            bench.prefill("prompts, base", 16)
-            bench.prefill("prompts, 16 LoRAs on all linears", 16, [("lora", slot) for slot in range(16)])
+            bench.prefill("prompts", 16)
+            bench.prefill(f"prompts, LoRA r={RANK}", 16, [("lora", slot) for slot in range(16)])
         base.detach_adapters()
+    tell("IA³ adapters")
+    measure_grid(bench, "IA³", "ia3", fill_ia3(base, _SLOTS))
+    base.detach_adapters()
     tell("bottleneck adapters and prefixes")
-    nbytes = fill_bottlenecks(base, 32, _BOTTLENECK)
-    for batch, adapters in ((1, 1), (8, 8), (32, 1), (32, 32)):
-        own = [("bottleneck", slot) for slot in range(adapters)]
-        bench.decode(f"bottleneck-{_BOTTLENECK}, {adapters} distinct", batch, own, nbytes * adapters)
-    place_prefixes(base, 4, _PREFIX)
-    for batch in (1, 32):
-        bench.decode(f"prefix-{_PREFIX}", batch, [("prefix", slot) for slot in range(4)])
-    fill_loras(base, 8, RANK, ALL_LINEAR)
+    bottleneck_bytes = fill_bottlenecks(base, _SLOTS, _BOTTLENECK)
+    measure_grid(bench, f"bottleneck-{_BOTTLENECK}", "bottleneck", bottleneck_bytes)
+    place_prefixes(base, _SLOTS, _PREFIX)
+    measure_grid(bench, f"prefix-{_PREFIX}", "prefix", 0)  # which are keys and values
+    lora_bytes = fill_loras(base, 8, RANK, ALL_LINEAR)
     mixed: list[tuple[str, int] | None] = [None] * 12
     mixed += [(method, slot) for method in ("lora", "bottleneck") for slot in range(8)]
     mixed += [("prefix", slot) for slot in range(4)]
-    bench.decode("12 base, 8 LoRAs, 8 bottlenecks, 4 prefixes", 32, mixed)
+    extra = 8 * (lora_bytes + bottleneck_bytes)
+    bench.decode("mixed", 32, mixed, extra)
     base.detach_adapters()
     return {
         "bandwidth": bench.bandwidth,
@@ -138,59 +139,3 @@ def _mapped(adapter: LoraAdapter, change: Callable[[list[torch.Tensor]], list[to
     halves = iter(change([tensor for pair in adapter.weights.values() for tensor in pair]))
     weights = dict(zip(adapter.weights, zip(halves, halves, strict=True), strict=True))
     return LoraAdapter(weights, {}, {}, adapter.nbytes, 0, {})
-
-
-def print_gpu(console: Any, figures: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console.print(
-        f"{figures['device']}, {figures['shape']} of random weights, {figures['dtype']}, {CONTEXT} tokens of "
-        f"context; a copy moves {figures['bandwidth'] / 1e12:.2f} TB/s, weights are "
-        f"{figures['weight_bytes'] / 1e9:.1f} GB"
-    )
-    table = Table()
-    table.add_column("step")
-    for heading in ("batch", "ms", "spread", "of base", "floor", "over floor"):
-        table.add_column(heading, justify="right")
-    quantized = figures["quantized"]
-    steps = [*figures["steps"], *quantized.get("steps", ())]
-    plain = {step["batch"]: step["ms"] for step in steps if step["case"] == "base"}
-    for step in steps:
-        floor = step["floor_ms"]
-        prompts = floor != floor
-        table.add_row(
-            step["case"],
-            f"{step['batch']} x {CONTEXT}" if prompts else str(step["batch"]),
-            f"{step['ms']:.2f}",
-            f"{step['spread']:.2f}",
-            "" if prompts else f"{step['ms'] / plain[step['batch']] - 1:+.1%}",
-            "" if prompts else f"{floor:.2f}",
-            "" if prompts else f"{step['ms'] / floor:.2f}",
-        )
-    console.print(table)
-    if "missing" in quantized:
-        console.print(f"no steps over a base in {KIND}: {quantized['missing']}")
-    else:
-        console.print(f"weights in {KIND} are {quantized['weight_bytes'] / 1e9:.1f} GB")
-    engine, swaps = figures["engine"], figures["swaps"]
-    console.print(
-        f"whole engine, {engine['requests']} requests: {engine['step_ms']:.2f} ms between tokens, median, of "
-        f"which the device computes {engine['device_ms']:.2f}; {engine['waiting_step_ms']:.2f} if no step is "
-        f"launched ahead, {engine['merged_step_ms']:.2f} with a LoRA merged; graphs recorded in "
-        f"{engine['seconds_to_record']:.1f} s, first answers {figures['seconds_to_first_answer']:.1f} s "
-        "after the start"
-    )
-    console.print(
-        f"first token beside {engine['requests'] - 1} others that decode: {engine['ttft_ms']:.1f} ms, "
-        f"{engine['ttft_swapped_ms']:.1f} if the LoRA lies in host memory only"
-    )
-    shown = ", ".join(
-        f"{swaps[name]:.1f} ms {title}"
-        for name, title in (
-            ("from_host_ms", "from host memory"),
-            ("from_loose_host_ms", "from host memory that is not pinned"),
-            ("from_file_ms", "from a file"),
-        )
-        if name in swaps
-    )
-    console.print(f"a LoRA of {swaps['megabytes']:.0f} MB into its slot: {shown}")

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hotswap_server.bench.shapes import random_model
-from hotswap_server.bench.steps import StepBench, fill_loras
+from hotswap_server.bench.steps import StepBench, fill_loras, measure_grid
 from hotswap_server.bench.workload import ALL_LINEAR
 from hotswap_server.engine.base import prepare_base
 from hotswap_server.engine.compiling import compile_layers
@@ -43,14 +43,10 @@ def measure_quantized(
     bench = StepBench(base, context, 64)
     tell(f"base in {KIND}")
     for batch in (1, 8, 32, 64):
-        bench.decode(KIND, batch)
+        bench.decode(f"base in {KIND}", batch)
     bench.prefill(f"prompts, {KIND}", 16)
     tell(f"LoRAs over {KIND}")
-    nbytes = fill_loras(base, 32, rank, ALL_LINEAR)
-    for batch, adapters in ((1, 1), (8, 8), (32, 1), (32, 32)):
-        own: list[tuple[str, int] | None] = [("lora", slot) for slot in range(adapters)]
-        title = f"{KIND}, LoRA r={rank} on all linears, {adapters} distinct"
-        bench.decode(title, batch, own, nbytes * adapters)
+    measure_grid(bench, f"{KIND}, LoRA r={rank} all", "lora", fill_loras(base, 32, rank, ALL_LINEAR))
     base.detach_adapters()
     return {"weight_bytes": bench.weight_bytes, "steps": [asdict(step) for step in bench.times]}
 

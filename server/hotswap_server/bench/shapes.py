@@ -10,6 +10,7 @@ from hotswap.shapes import SHAPES
 from torch import nn
 
 from hotswap_server.adapters.methods.bottleneck import BottleneckAdapter, BottleneckWeights
+from hotswap_server.adapters.methods.ia3 import Ia3Adapter
 from hotswap_server.adapters.methods.lora.adapter import LoraAdapter
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.prefixes import Prefix
@@ -51,6 +52,18 @@ def random_bottleneck(base: BaseModel, size: int) -> BottleneckAdapter:
     }
     nbytes = sum(entry.nbytes for entry in weights.values())
     return BottleneckAdapter(weights, Activation.RELU, BottleneckLayout.HOULSBY, True, nbytes, 0, {})
+
+
+def random_ia3(base: BaseModel) -> Ia3Adapter:
+    """On keys, values and, before it, the MLP's output, as PEFT has it for a Llama."""
+    outputs, inputs = {}, {}
+    for name, (out_features, in_features) in base.linear_shapes.items():
+        if name.endswith(("k_proj", "v_proj")):
+            outputs[name] = 1 + _random(base, out_features)
+        elif name.endswith("down_proj"):
+            inputs[name] = 1 + _random(base, in_features)
+    nbytes = sum(scale.nbytes for scale in (*outputs.values(), *inputs.values()))
+    return Ia3Adapter(outputs, inputs, nbytes, 0, {})
 
 
 def random_prefix(base: BaseModel, tokens: int, digest: str) -> Prefix:

@@ -11,8 +11,9 @@ import torch
 
 from hotswap_server.adapters.method import BankOptions
 from hotswap_server.adapters.methods.bottleneck import BottleneckBank
+from hotswap_server.adapters.methods.ia3 import Ia3Bank
 from hotswap_server.adapters.methods.lora.bank import LoraBank
-from hotswap_server.bench.shapes import random_bottleneck, random_lora, random_prefix
+from hotswap_server.bench.shapes import random_bottleneck, random_ia3, random_lora, random_prefix
 from hotswap_server.core import AdapterRef, GenerateRequest, SamplingParams
 from hotswap_server.engine.base import BaseModel
 from hotswap_server.engine.batch import BatchBuilder, StepInputs
@@ -29,9 +30,10 @@ _REPLAYS, _ROUNDS = 20, 5
 
 @dataclass(frozen=True, slots=True)
 class StepTime:
-    """Milliseconds of a step on the GPU, median of rounds, and their spread."""
+    """Milliseconds of a step on the GPU, median of rounds, and their spread. `adapters` are distinct ones."""
 
     case: str
+    adapters: int
     batch: int
     ms: float
     spread: float
@@ -94,9 +96,11 @@ class StepBench:
         for request in requests:
             self._cache.pages.release(request.pages)
         kv = sum(2 * site.kv_heads * site.head_dim for site in self.base.attention)
-        total = self.weight_bytes + batch * self.context * kv * self.base.dtype.itemsize + extra
+        tokens = sum(self.context + request.num_prefix_tokens for request in requests)
+        total = self.weight_bytes + tokens * kv * self.base.dtype.itemsize + extra
         found = StepTime(
             case,
+            _distinct(batch, adapters),
             batch,
             statistics.median(rounds),
             max(rounds) - min(rounds),
@@ -117,7 +121,10 @@ class StepBench:
         rounds = self._time(lambda: self._runner.run(inputs), replays=2, rounds=3)
         for request in requests:
             self._cache.pages.release(request.pages)
-        found = StepTime(case, batch, statistics.median(rounds), max(rounds) - min(rounds), float("nan"))
+        distinct = _distinct(batch, adapters)
+        found = StepTime(
+            case, distinct, batch, statistics.median(rounds), max(rounds) - min(rounds), float("nan")
+        )
         self.times.append(found)
         return found
 
@@ -169,6 +176,10 @@ class StepBench:
         return sorted(requests, key=lambda request: (request.method, request.slot or 0))
 
 
+def _distinct(batch: int, adapters: Sequence[tuple[str, int] | None]) -> int:
+    return len({adapter for adapter in adapters[:batch] if adapter is not None})
+
+
 def fill_loras(base: BaseModel, slots: int, rank: int, targets: Sequence[str]) -> int:
     """Attach a bank of random LoRAs; returns the bytes of one."""
     bank, nbytes = LoraBank(base, BankOptions(num_slots=slots, max_lora_rank=rank)), 0
@@ -187,6 +198,24 @@ def fill_bottlenecks(base: BaseModel, slots: int, size: int) -> int:
         bank.put(slot, adapter)
         nbytes = adapter.nbytes
     return nbytes
+
+
+def fill_ia3(base: BaseModel, slots: int) -> int:
+    """Attach a bank of random IA³ adapters on keys, values and the MLP's output; returns the bytes of one."""
+    bank, nbytes = Ia3Bank(base, BankOptions(num_slots=slots)), 0
+    for slot in range(slots):
+        adapter = random_ia3(base)
+        bank.put(slot, adapter)
+        nbytes = adapter.nbytes
+    return nbytes
+
+
+def measure_grid(bench: StepBench, case: str, method: str, nbytes: int) -> None:
+    """Steps of 1, 8, 32 and 64 requests with one adapter of `method` for all, and with one each, up to 32."""
+    for batch in (1, 8, 32, 64):
+        for adapters in sorted({1, min(batch, 32)}):
+            own = [(method, slot) for slot in range(adapters)]
+            bench.decode(case, batch, own, nbytes * adapters)
 
 
 def place_prefixes(base: BaseModel, slots: int, tokens: int) -> None:
