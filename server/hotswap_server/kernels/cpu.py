@@ -134,7 +134,16 @@ class OneDnnProjection:
         return dense
 
 
-class OneDnnKernels(ReferenceKernels):
+class _CpuKernels(ReferenceKernels):
+    """Nothing runs beside a product here: it has all threads."""
+
+    def project_and_shrink(
+        self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
+    ) -> None:
+        return None
+
+
+class OneDnnKernels(_CpuKernels):
     """The reference with prepacked linears."""
 
     name = "onednn"
@@ -143,7 +152,7 @@ class OneDnnKernels(ReferenceKernels):
         return OneDnnProjection(weight, bias)
 
 
-class NativeKernels(ReferenceKernels):
+class NativeKernels(_CpuKernels):
     """The C kernels; attention over prompts and long runs of a bottleneck adapter go through torch."""
 
     name = "native"
@@ -255,11 +264,6 @@ class NativeKernels(ReferenceKernels):
             out.stride(0),
             torch.get_num_threads(),
         )
-
-    def project_and_shrink(
-        self, projection: Projection, x: torch.Tensor, bank: GroupedLora, slots: TokenSlots
-    ) -> None:
-        return None
 
     def bottleneck(
         self, stream: torch.Tensor, x: torch.Tensor, table: BottleneckTable, slots: TokenSlots
