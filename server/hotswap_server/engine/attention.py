@@ -63,7 +63,7 @@ class StepState:
         self.logit_rows: torch.Tensor | None = None
         self.pending: dict[object, PendingExpand] = {}  # by the block whose output lacks it
         self.compiled = False
-        self.adapts_blocks = False  # read by compiled layers alone
+        self.adapts_blocks = False  # read by compiled layers and their blocks alone
         self._touches: dict[tuple[str, int], int] = {}
         self._sets: list[frozenset[object]] = []
         self._unions: dict[frozenset[int], int] = {}

@@ -108,30 +108,30 @@ class BatchBuilder:
             rows_per_entry.append(len(wanted))
             starts.append(span.stop)
         tokens, num_decode = starts[-1], sum(entry.num_new == 1 for entry in entries)
-        lengths = self._context[: len(entries)].tolist()
-        tiles = None
+        context, prompts = self._context[: len(entries)], None
         if num_decode < len(entries) and (self._buffers is not None or self._device.type != "cpu"):
-            tiles = prompt_tiles(starts, lengths, num_decode)
+            tiles = prompt_tiles(starts, context.tolist(), num_decode)
+            prompts = Prompts(tiles, num_decode, np.array(rows, np.int64))
         if self._buffers is not None:
-            graph = self._graph_inputs(self._buffers, entries, starts, rows, rows_per_entry, chosen, tiles)
+            graph = self._graph_inputs(self._buffers, entries, starts, rows, rows_per_entry, chosen, prompts)
             if graph is not None:
                 return graph
         layout = AttentionLayout(
             num_decode=num_decode,
             query_starts=starts,
-            context_lengths=lengths,
-            context=self._tensor(self._context[: len(entries)]),
+            context_lengths=context.tolist(),
+            context=self._tensor(context),
             block_table=self._tensor(self._tables[: len(entries)]),
             token_pages=self._tensor(self._pages[:tokens]),
             token_offsets=self._tensor(self._offsets[:tokens]),
-            prompts=None if tiles is None else self._tensor(tiles),
+            prompts=None if prompts is None else self._tensor(prompts.tiles),
         )
         return StepInputs(
             input_ids=self._tensor(self._ids[:tokens])[None],
             position_ids=self._tensor(self._positions[:tokens])[None],
             logit_rows=self._tensor(np.array(rows, np.int64)),
             rows_per_entry=rows_per_entry,
-            chosen_at=list(itertools.accumulate(rows_per_entry, initial=0))[:-1],
+            chosen_at=_first_rows(rows_per_entry),
             layout=layout,
             slots=self._token_slots(entries, starts),
             merged=any(entry.sequence.merged for entry in entries),
@@ -146,19 +146,15 @@ class BatchBuilder:
         rows: list[int],
         rows_per_entry: list[int],
         chosen: dict[int, int],
-        tiles: np.ndarray | None,
+        prompts: Prompts | None,
     ) -> StepInputs | None:
         """The same for a graph; None where there is none for such a step."""
-        tokens, sizes = starts[-1], self._sizes if tiles is None else self._prompt_sizes
+        tokens, sizes = starts[-1], self._sizes if prompts is None else self._prompt_sizes
         if not sizes or tokens > sizes[-1]:
             return None
         size = sizes[bisect.bisect_left(sizes, tokens)]
-        prompts = None
-        if tiles is not None:
-            if max(rows_per_entry) > 1 or len(tiles) > prompt_capacity(size):
-                return None
-            num_decode = len(entries) - len(np.unique(tiles[:, 0]))
-            prompts = Prompts(tiles, num_decode, np.array(rows, np.int64))
+        if prompts is not None and (max(rows_per_entry) > 1 or len(prompts.tiles) > prompt_capacity(size)):
+            return None
         inputs = buffers.fill(
             size,
             ids=self._ids[:tokens],
@@ -174,8 +170,7 @@ class BatchBuilder:
         # A decode step's graph gives logits for all, one with prompts for those that are wanted.
         logit_rows, chosen_at = rows, list(range(len(entries)))
         if prompts is not None:
-            logit_rows = list(range(len(rows)))
-            chosen_at = list(itertools.accumulate(rows_per_entry, initial=0))[:-1]
+            logit_rows, chosen_at = list(range(len(rows))), _first_rows(rows_per_entry)
         return StepInputs(
             input_ids=inputs.input_ids,
             position_ids=inputs.position_ids,
@@ -209,6 +204,11 @@ class BatchBuilder:
     def _tensor(self, array: np.ndarray) -> torch.Tensor:
         host = torch.from_numpy(array)
         return host if self._device.type == "cpu" else host.to(self._device, non_blocking=True)
+
+
+def _first_rows(rows_per_entry: list[int]) -> list[int]:
+    """Of each entry, the first of its rows among those of all."""
+    return list(itertools.accumulate(rows_per_entry, initial=0))[:-1]
 
 
 def token_slots(index: np.ndarray, device: torch.device) -> TokenSlots:

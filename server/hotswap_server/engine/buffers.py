@@ -113,20 +113,18 @@ class StepBuffers:
         rows = _COMMON + _PER_METHOD * len(self._methods)
         array = host.numpy()[: rows * size].reshape(rows, size)
         device = self._device[: rows * size].view(rows, size)
-        array[:_COMMON, used:] = 0
+        array[:_COMMON] = 0
         array[_PAGES, used:] = -1
         for row, values in enumerate((ids, positions, pages, offsets)):
             array[row, :used] = values
         decode = len(context) if prompts is None else prompts.num_decode
-        array[_CONTEXT] = 0  # those of prompts are in their tiles
-        array[_CONTEXT, :decode] = context[:decode]
-        array[_SOURCES] = np.arange(size) + _IDS * size
+        array[_CONTEXT, :decode] = context[:decode]  # those of prompts are in their tiles
+        array[_SOURCES] = np.arange(_IDS * size, (_IDS + 1) * size)
         for token, row in (chosen or {}).items():
             array[_SOURCES, token] = len(self._device) - self._max_sequences + row
         sequences = min(size, self._max_sequences)
         tiles_device = logit_rows = None
         if prompts is not None:
-            array[_LOGITS : _PROMPTS + _PROMPT_FIELDS] = 0
             array[_LOGITS, : len(prompts.logit_rows)] = prompts.logit_rows
             array[_PROMPTS:_COMMON, : len(prompts.tiles)] = prompts.tiles.T
             tiles_device = device[_PROMPTS:_COMMON, : prompt_capacity(size)].t()
@@ -173,7 +171,7 @@ def _slots(
     capacity = size
     array[0, : len(index)] = index
     array[0, len(index) : size] = -1
-    tiles, rows = slot_tiles(np.pad(index, (0, size - len(index)), constant_values=-1))
+    tiles, rows = slot_tiles(array[0, :size])
     if levels:  # graphs for few tiles and for many: programs without one cost time as well
         capacity = _capacity(len(tiles), size)
     array[1:, : len(tiles)] = tiles.T

@@ -19,6 +19,9 @@ from hotswap_server.engine.compiling import compile_no_more
 from hotswap_server.engine.merging import MergedWeights
 from hotswap_server.kernels import TokenSlots
 
+_PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # beyond, the host is quicker than the device
+_MAX_GRAPHS, _MAX_MET = 256, 4096
+
 _log = structlog.get_logger(__name__)
 
 Tiling = tuple[int, int]
@@ -34,10 +37,6 @@ Progress = Callable[[int, int], None]
 
 def ignore_progress(done: int, total: int) -> None:
     """For whoever shows none."""
-
-
-_PROMPT_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)  # beyond, the host is quicker than the device
-_MAX_GRAPHS, _MAX_MET = 256, 4096
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
